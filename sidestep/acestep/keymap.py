@@ -3,7 +3,7 @@
 ACE-Step keeps the whole model in one file, as ``decoder.``, ``encoder.``, ``tokenizer.``, ``detokenizer.`` and
 ``null_condition_emb``. Diffusers splits it into classes and renames the attention projections. Adapters are
 saved under the original names, without the ``decoder.`` in front, because that is what every player reads.
-Source: spec section 2; the rules were checked there by strict loading with equal outputs.
+The rules were checked by loading strictly and comparing outputs with the original code's.
 """
 
 from __future__ import annotations

@@ -36,6 +36,4 @@ class VariantConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.condition_dropout < 1:
-            raise UserError(
-                f"model_variant.condition_dropout={self.condition_dropout} must be at least 0 and below 1"
-            )
+            raise UserError(f"model_variant.condition_dropout={self.condition_dropout} must be at least 0 and below 1")

@@ -1,0 +1,170 @@
+"""From what was typed to plain dataclasses, or one line that says what to type instead.
+
+Nothing past :func:`to_dataclass` sees OmegaConf.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sidestep.config.settings import VramConfig
+from sidestep.errors import UserError
+
+T = TypeVar("T")
+
+VERSION_BASE = "1.3"
+"""Hydra's own defaults that conf/ was written for."""
+
+EXAMPLES = {
+    "dataset_dir": "dataset_dir=data/songs (the folder that python -m sidestep.preprocess wrote)",
+    "audio_dir": "audio_dir=songs",
+}
+
+
+def conf_dir() -> Path:
+    """Folder of the YAML groups: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).resolve().parents[1] / "conf"
+    return inside if (inside / "train.yaml").is_file() else Path(__file__).resolve().parents[2] / "conf"
+
+
+def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a command's config from what was typed, without running anything.
+
+    Raises:
+        UserError: one line for anything Hydra or OmegaConf refuses.
+    """
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        try:
+            return compose(command, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(error, command, overrides)) from error
+
+
+def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
+    """Say in one line what Hydra refused and what was probably meant."""
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        return _explain(error, command, overrides)
+
+
+def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, wanted = str(error.missing_cfg_file).rpartition("/")
+        options = ", ".join(error.options)
+        return f"{group}={wanted} is not an option{_meant(wanted, error.options)}; the options are {options}"
+    if several := re.search(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = several.group(1).partition("=")
+        return f"{key}={value} is several values; add -m to sweep over them, or quote it as one: '{key}=\"{value}\"'"
+    if isinstance(error, OverrideParseException):
+        typed = error.override
+        key, _, value = typed.partition("=")
+        return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(unknown.group(1).lstrip("+~"), command, overrides)
+    if bad_value := re.search(r"Error merging override (\S+)", text):
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        if re.search(r"Key '[^']+' (?:is )?not in", reason):
+            return _unknown_key(bad_value.group(1).partition("=")[0].lstrip("+~"), command, overrides)
+        return f"{bad_value.group(1)}: {reason}"
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def to_dataclass(config: DictConfig, root: type[T]) -> T:
+    """Check a composed config and turn it into plain dataclasses.
+
+    Raises:
+        UserError: for a setting that does not exist, is missing, or contradicts another.
+    """
+    for parent, leaf, known in _unknown_keys(config, root):
+        raise UserError(not_a_setting(leaf, known, parent))
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        example = EXAMPLES.get(missing[0], f"{missing[0]}=...")
+        raise UserError(f"{', '.join(missing)} must be set, for example {example}")
+    try:
+        return cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def read_profiles() -> list[VramConfig]:
+    """Every VRAM profile of conf/ that names a memory size, for ``vram_profile=auto`` to choose from."""
+    profiles = []
+    for path in sorted((conf_dir() / "vram_profile").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values.pop("defaults", None)
+        profile = VramConfig(**values)
+        if profile.memory_gib is not None:
+            profiles.append(profile)
+    return profiles
+
+
+def _unknown_key(key: str, command: str, overrides: Sequence[str]) -> str:
+    """Name the nearest setting to a key that does not exist."""
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")]
+    chosen = [o for o in overrides if o.lstrip("+").partition("=")[0] in groups and not re.search(r"[,(]", o)]
+    config = compose(command, chosen)
+    parent, _, leaf = key.rpartition(".")
+    if parent and parent not in config:
+        parent, leaf = "", key.partition(".")[0]  # the mistake is in the first word
+    known = [str(name) for name in (config[parent] if parent else config)]
+    if parent:
+        return not_a_setting(leaf, known, parent)
+    return not_a_setting(leaf, sorted({*known, *groups}), parent, key.removeprefix(leaf))
+
+
+def not_a_setting(leaf: str, known: Sequence[str], parent: str = "", rest: str = "") -> str:
+    """Say that ``parent.leaf`` does not exist, and which setting or option was probably meant."""
+    key = f"{parent}.{leaf}" if parent else leaf
+    owners = [
+        name.removesuffix(".yaml")
+        for name in (_schemas(parent) if parent else [])
+        if leaf in _field_names(ConfigStore.instance().load(f"schema/{parent}/{name}").node)
+    ]
+    if owners:
+        return f"{key} is a setting of {' and '.join(f'{parent}={owner}' for owner in owners)} only"
+    if meant := _meant(leaf, known, parent, rest):
+        return f"{key}{rest} is not a setting{meant}"
+    if parent:
+        return f"{key} is not a setting; {parent} has {', '.join(known) or 'no settings'}"
+    return f"{key}{rest} is not a setting; python -m sidestep.<command> --cfg job shows all of them"
+
+
+def _schemas(group: str) -> list[str]:
+    try:
+        return ConfigStore.instance().list(f"schema/{group}")
+    except OSError:  # not a group
+        return []
+
+
+def _field_names(node: Any) -> list[str]:
+    return [field.name for field in fields(cast(Any, OmegaConf.get_type(node)))]
+
+
+def _unknown_keys(node: DictConfig, root: type[Any], parent: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """Keys that ``+key=value`` added to a typed node. Hydra allows them, and they would be ignored."""
+    known = [field.name for field in fields(root)]
+    for key in map(str, node):
+        if key not in known:
+            yield parent, key, known
+        elif not OmegaConf.is_missing(node, key) and is_dataclass(child := OmegaConf.get_type(node, key)):
+            yield from _unknown_keys(node[key], cast(type[Any], child), f"{parent}.{key}" if parent else key)
+
+
+def _meant(word: str, known: Sequence[str], parent: str = "", rest: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {f'{parent}.' if parent else ''}{close[0]}{rest}?" if close else ""

@@ -1,0 +1,129 @@
+"""The ``--help`` page, made from conf/ and the settings' own docstrings so that it cannot go stale."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sidestep.config.gate import conf_dir
+
+ABOUT = {
+    "train": "Train one adapter for ACE-Step 1.5, or with -m a sweep of them.",
+    "preprocess": "Turn a folder of songs into a dataset to train on.",
+}
+IMPORTANT = {
+    "train": [
+        "dataset_dir",
+        "checkpoint_dir",
+        "name",
+        "max_epochs",
+        "optim.lr",
+        "adapter.rank",
+        "adapter.target_modules",
+        "max_seconds",
+        "seed",
+        "save_every_epochs",
+    ],
+    "preprocess": [
+        "audio_dir",
+        "dataset_dir",
+        "checkpoint_dir",
+        "metadata_file",
+        "custom_tag",
+        "tag_position",
+        "genre_ratio",
+        "language",
+        "max_song_seconds",
+        "tile_seconds",
+    ],
+}
+EXAMPLES = {
+    "train": (
+        "python -m sidestep.train experiment=demo",
+        "python -m sidestep.train dataset_dir=data/songs adapter=lokr model_variant=base name=first",
+        "python -m sidestep.train -m dataset_dir=data/songs adapter=lora,lokr optim.lr=1e-4,3e-4 name=sweep",
+    ),
+    "preprocess": (
+        "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs model_variant=base",
+        "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs custom_tag=mystyle",
+        "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs metadata_file=songs/dataset.json",
+    ),
+}
+
+
+def help_page(command: str, root: type[Any]) -> str:
+    """Write the page a newcomer reads first: groups with their options, the settings that matter, examples."""
+    conf = conf_dir()
+    defaults = yaml.safe_load((conf / f"{command}.yaml").read_text(encoding="utf-8"))
+    chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
+    lines = [ABOUT[command], "", f"  python -m sidestep.{command} [-m] [group=option] [setting=value]", ""]
+    lines += ["Groups (the default is marked *)"]
+    for group in chosen:
+        if (conf / group).is_dir():
+            lines += ["", f"  {group}"]
+            lines += [_option_line(path, path.stem == chosen[group]) for path in _by_size(conf / group)]
+    lines += ["", "Settings that matter"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+        config = compose(command)
+    for key in IMPORTANT[command]:
+        doc = field_docs(_owner(key, root, chosen))[key.rpartition(".")[2]]
+        lines += ["", f"  {key}{_default(key, config)}", f"      {doc}"]
+    lines += ["", "Examples", "", *(f"  {example}" for example in EXAMPLES[command]), ""]
+    lines += [f"All settings with their values: python -m sidestep.{command} --cfg job ..."]
+    return "\n".join(lines)
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """Map each field of a dataclass and its bases to the string written under it."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, [*body.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if is_doc:
+                    docs[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return docs
+
+
+def _option_line(path: Path, is_default: bool) -> str:
+    comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    about = next((line.lstrip("# ") for line in comments if "@package" not in line), "")
+    return f"    {'*' if is_default else ' '} {path.stem:<14}{about}"
+
+
+def _by_size(folder: Path) -> list[Path]:
+    """Options in alphabetical order, numbers in theirs: 8gb before 12gb."""
+    paths = folder.glob("*.yaml")
+    return sorted(
+        paths, key=lambda path: (not path.stem[0].isdigit(), path.stem.zfill(8 if path.stem[0].isdigit() else 0))
+    )
+
+
+def _owner(key: str, root: type[Any], chosen: dict[str, str]) -> type[Any]:
+    """The dataclass that declares a setting; for a setting of a group, that of the group's default option."""
+    group, _, _ = key.rpartition(".")
+    if not group:
+        return root
+    schema = ConfigStore.instance().load(f"schema/{group}/{chosen[group]}.yaml").node
+    return cast(type[Any], OmegaConf.get_type(schema))
+
+
+def _default(key: str, config: DictConfig) -> str:
+    """The value a setting has when nothing is typed, or nothing where it must be typed or is null."""
+    value = None if OmegaConf.is_missing(config, key) else OmegaConf.select(config, key)
+    if isinstance(value, ListConfig):
+        value = f"[{','.join(value)}]"
+    return "" if value in (None, "") else f" = {value}"

@@ -1,0 +1,79 @@
+"""Folder names for runs: short, and the same for the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+NAMED_BY_CHOICE = ("adapter", "model_variant")
+NOT_NAMED = (
+    "hydra",
+    "name",
+    "checkpoint_dir",
+    "dataset_dir",
+    "toy",
+    "device",
+    "log_dir",
+    "log_every_steps",
+    "save_every_epochs",
+    "save_every_steps",
+    "max_epochs",
+    "max_steps",
+    "resume",
+    "resume_from",
+    "shift",
+    "num_inference_steps",
+)
+"""Settings that do not make another run: where things lie, how much is logged, how long to go on."""
+MAX_LENGTH = 64
+
+
+def run_name(adapter: str, model_variant: str, overrides: Sequence[str], sweep_name: str) -> str:
+    """Name a run after its adapter, its model variant and the settings typed for it.
+
+    The order and spelling of overrides do not matter. Only letters, digits, ``.``, ``_`` and ``-`` are used: a path
+    with ``=`` or ``,`` in it cannot be passed to another Hydra command without quoting. A long name is cut and ends
+    in a hash of all of it.
+
+    Args:
+        adapter: the chosen option of that group.
+        model_variant: likewise.
+        overrides: what was typed, as ``key=value``.
+        sweep_name: the setting ``name``; a choice of the same name is not repeated.
+
+    >>> run_name("lokr", "base", ["optim.lr=0.0001", "adapter=lokr"], "first")
+    'lokr-base-lr0.0001'
+    """
+    pairs = [override.lstrip("+~").partition("=")[::2] for override in overrides]
+    pairs = sorted((key, _plain(value)) for key, value in pairs if re.split("[./@]", key)[0] not in NOT_NAMED)
+    pairs = [(key, value) for key, value in pairs if key not in NAMED_BY_CHOICE and value != sweep_name]
+    settings = [value if "." not in key and _is_word(value) else key.rpartition(".")[2] + value for key, value in pairs]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([adapter, model_variant, *settings])).strip("-.")
+    if len(name) > MAX_LENGTH:
+        digest = hashlib.sha256(repr([adapter, model_variant, *pairs]).encode()).hexdigest()[:8]
+        name = f"{name[: MAX_LENGTH - 9].rstrip('-.')}-{digest}"
+    return name
+
+
+def _is_word(value: str) -> bool:
+    """Whether a value speaks for itself, like the option of a group, and its key can be left out."""
+    return re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", value) is not None and value not in ("true", "false", "null")
+
+
+def _plain(value: str) -> str:
+    """The same text for 1e-4, 0.0001 and Hydra's own spelling of it inside a sweep."""
+    value = value.strip("'\"")
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value.lower() if value.lower() in ("true", "false", "null") else value
+
+
+OmegaConf.register_new_resolver(
+    "run_name",
+    lambda adapter, variant, overrides, name: run_name(adapter, variant, list(overrides), name),
+    replace=True,
+)

@@ -1,0 +1,249 @@
+"""The settings of every command, and the one place where they are checked against each other.
+
+Group options (adapter, optim, ...) are dataclasses beside the code they build; these are the root settings that
+hold them. Nothing here imports torch, so that a mistyped setting is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from sidestep.acestep.variants import VariantConfig
+from sidestep.adapters import AdapterConfig
+from sidestep.config.schema import option, root
+from sidestep.errors import UserError
+from sidestep.training.flow import ObjectiveConfig, TimestepConfig
+from sidestep.training.optim import OptimConfig
+from sidestep.training.schedules import ScheduleConfig
+
+
+class Precision(StrEnum):
+    """Names equal values, because OmegaConf matches an enum by name."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Resume(StrEnum):
+    auto = "auto"
+    never = "never"
+
+
+class TagPosition(StrEnum):
+    prepend = "prepend"
+    append = "append"
+    replace = "replace"
+
+
+@dataclass(kw_only=True)
+class MemorySettings:
+    """What is given up to fit in memory, complete."""
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    max_seconds: float
+
+
+@option("vram_profile", "profile")
+@dataclass(kw_only=True)
+class VramConfig:
+    """What is given up to fit in memory; a value left null is taken from the profile that fits the device."""
+
+    memory_gib: float | None = None
+    """Memory of the card this profile is for; null (vram_profile=auto) asks the device."""
+    batch_size: int | None = None
+    """Songs per forward pass."""
+    gradient_accumulation_steps: int | None = None
+    """Forward passes per optimiser step."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass instead of keeping them."""
+    max_seconds: float | None = None
+    """Longest excerpt of a song that fits; the root setting max_seconds overrides it."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"vram_profile.{key}={value} must be at least 1")
+
+    def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:
+        """Complete this profile.
+
+        Args:
+            profiles: every profile with a memory size of its own.
+            available_gib: memory of the device that will train, in GiB.
+
+        Returns:
+            This profile's values, and for those left null the values of the largest profile that fits the device,
+            or of the smallest one if none does.
+        """
+        # a card sold as 8 GB reports a little less than 8 GiB
+        fitting = [p for p in profiles if p.memory_gib is not None and p.memory_gib <= available_gib + 0.75]
+        by_size = sorted(fitting or profiles, key=lambda p: p.memory_gib or 0.0)
+        chosen = by_size[-1] if fitting else by_size[0]
+
+        def value(key: str) -> object:
+            own = getattr(self, key)
+            return getattr(chosen, key) if own is None else own
+
+        return MemorySettings(**{key: value(key) for key in MemorySettings.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+@root("train_schema")
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model_variant: VariantConfig = MISSING
+    adapter: AdapterConfig = MISSING
+    optim: OptimConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    timesteps: TimestepConfig = MISSING
+    objective: ObjectiveConfig = MISSING
+    vram_profile: VramConfig = MISSING
+
+    name: str = MISSING
+    """Folder of this run or sweep: outputs/<name>/<run>."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints."""
+    dataset_dir: str = MISSING
+    """Folder that python -m sidestep.preprocess made."""
+    toy: bool = False
+    """Make a tiny random model and a few synthesised songs first (experiment=demo)."""
+    seed: int = 0
+    """Decides the adapter's start, the order of songs, the excerpts, noise, times and dropout."""
+    max_epochs: int | None = None
+    """Passes over the songs; null leaves max_steps to decide."""
+    max_steps: int | None = None
+    """Optimiser steps; with max_epochs also set, whichever ends first."""
+    save_every_epochs: int | None = None
+    """Write checkpoints/epoch_N this often; null never."""
+    save_every_steps: int | None = None
+    """Write checkpoints/step_N this often; null never."""
+    resume: Resume = Resume.auto
+    """auto continues this run's newest checkpoint; never refuses to touch a run that has one."""
+    resume_from: str | None = None
+    """Checkpoint folder, or a file in it, to start from instead of this run's own newest."""
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    """auto is bf16 on a GPU that has it, fp16 on an older one, and fp32 on a CPU."""
+    max_seconds: float | None = None
+    """Longest excerpt of a song, in seconds; null takes the VRAM profile's."""
+    condition_dropout: float = MISSING
+    """Share of examples trained on the null condition, which guidance needs; the variant's own by default."""
+    log_every_steps: int = MISSING
+    """How often the loss is logged, in steps."""
+    log_dir: str | None = None
+    """Folder of TensorBoard files; null is runs/ in the run's folder."""
+    shift: float = MISSING
+    """Inference shift written beside the adapter; the variant's own by default."""
+    num_inference_steps: int = MISSING
+    """Sampling steps written beside the adapter; the variant's own by default."""
+
+    def __post_init__(self) -> None:
+        if self.max_epochs is None and self.max_steps is None:
+            raise UserError("max_epochs and max_steps are both null, so the run would never end; set one of them")
+        at_least(1, self, "max_epochs", "max_steps", "save_every_epochs", "save_every_steps", "log_every_steps")
+        at_least(1, self, "num_inference_steps")
+        above_zero(self, "max_seconds", "shift")
+        if not 0 <= self.condition_dropout < 1:
+            raise UserError(f"condition_dropout={self.condition_dropout} must be at least 0 and below 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative")
+        if self.device is Device.cpu and self.precision is Precision.fp16:
+            raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
+        if self.resume is Resume.never and self.resume_from is not None:
+            raise UserError(f"resume=never contradicts resume_from={self.resume_from}; leave one of them out")
+        one_line(self, "name", "checkpoint_dir", "dataset_dir")
+        filled(self, "name", "checkpoint_dir", "dataset_dir")
+        if not self.name or self.name in (".", "..") or "/" in self.name or os.sep in self.name:
+            raise UserError(f"name={self.name!r} must be a plain folder name, for example name=first")
+
+
+@root("preprocess_schema")
+@dataclass(kw_only=True)
+class PreprocessConfig:
+    """Songs to a dataset folder."""
+
+    model_variant: VariantConfig = MISSING
+
+    audio_dir: str = MISSING
+    """Folder of songs, searched with its subfolders."""
+    dataset_dir: str = MISSING
+    """Folder to write; run again, only new and changed songs are done."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints."""
+    metadata_file: str | None = None
+    """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
+    custom_tag: str = ""
+    """Trigger word put into every caption."""
+    tag_position: TagPosition = TagPosition.prepend
+    genre_ratio: int = 0
+    """Per cent of songs that train on their genre line instead of their caption."""
+    language: str = MISSING
+    """Language of lyrics whose metadata does not name one."""
+    max_song_seconds: float | None = None
+    """Read no more than this much of each song; null reads all of it."""
+    tile_seconds: float = MISSING
+    """Length of audio that the VAE encodes at once; memory grows with it, the result does not change."""
+    seed: int = 0
+    """Decides the VAE's sampling noise."""
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    """Of the text and condition encoders; auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.genre_ratio <= 100:
+            raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
+        above_zero(self, "max_song_seconds")
+        if self.tile_seconds < 5:
+            raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
+        if self.device is Device.cpu and self.precision is Precision.fp16:
+            raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
+        one_line(self, "custom_tag", "language", "audio_dir", "dataset_dir", "checkpoint_dir")
+        filled(self, "language", "audio_dir", "dataset_dir", "checkpoint_dir")
+
+
+def at_least(least: int, config: object, *keys: str) -> None:
+    """Refuse a setting below ``least``; null passes."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and value < least:
+            raise UserError(f"{key}={value} must be at least {least}")
+
+
+def above_zero(config: object, *keys: str) -> None:
+    """Refuse a setting that is not a positive number; null passes."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{key}={value} must be above 0")
+
+
+def filled(config: object, *keys: str) -> None:
+    """Refuse empty text."""
+    for key in keys:
+        if not getattr(config, key).strip():
+            raise UserError(f"{key} is empty; type {key}=...")
+
+
+def one_line(config: object, *keys: str) -> None:
+    """Refuse text with control characters, which would break prompts, paths and logs."""
+    for key in keys:
+        value = getattr(config, key)
+        if any(ord(char) < 32 for char in value):
+            raise UserError(f"{key}={value!r} must be one line of text")

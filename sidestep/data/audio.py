@@ -1,0 +1,142 @@
+"""Audio files to the form the VAE reads: stereo float32 at 48 kHz, neither normalised nor clamped."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+
+from sidestep.errors import UserError
+from sidestep.files import describe
+
+SAMPLE_RATE = 48_000
+SAMPLES_PER_FRAME = 1_920  # one latent frame, 1/25 second
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
+MIN_SAMPLES = 2 * SAMPLES_PER_FRAME  # the transformer reads latents in patches of two frames
+SILENT_PEAK = 1e-4  # -80 dBFS
+
+_Samples = npt.NDArray[np.float32]
+
+
+def find_audio(folder: Path) -> list[Path]:
+    """List the audio files of a folder and its subfolders, sorted by their path in it.
+
+    Hidden files and folders are passed over; linked folders are followed, each at most once.
+
+    Raises:
+        UserError: if there is no such folder, a folder in it cannot be read, or there is no audio.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    if not folder.is_dir():
+        raise UserError(f"audio_dir={folder} is not a folder of songs: {describe(folder)}")
+    found: list[Path] = []
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()  # a link back to a folder already read
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    if not found:
+        raise UserError(f"audio_dir={folder} holds no songs ({', '.join(SUFFIXES)}); {describe(folder)}")
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def read_audio(path: Path, max_seconds: float | None = None) -> Tensor:
+    """Decode a song.
+
+    Mono is doubled; of more than two channels the first two are kept, as ACE-Step does.
+
+    Args:
+        path: the audio file.
+        max_seconds: read no more than this; None reads all.
+
+    Returns:
+        Samples, (2, S), float32 at 48 kHz; S is ``round(samples in the file * 48000 / rate of the file)``.
+
+    Raises:
+        UserError: if the file cannot be decoded, ends early, holds a value that is no number, or is shorter than
+            two latent frames.
+    """
+    try:
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty")
+        samples, rate = _decode(path, max_seconds)
+    except (OSError, soundfile.LibsndfileError, av.FFmpegError) as error:
+        raise UserError(f"{path} cannot be read as audio: {error}") from error
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds samples that are not finite numbers; export it again")
+    samples = samples[:, :2] if samples.shape[1] > 1 else samples.repeat(2, axis=1)
+    num_samples = round(len(samples) * SAMPLE_RATE / rate)
+    if num_samples < MIN_SAMPLES:
+        raise UserError(f"{path} is {len(samples) / rate:.3f} s long; a song needs at least 0.08 s")
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
+        # the resampler may give one sample more or less, and the number of latent frames must not depend on that
+        samples = np.pad(samples, ((0, max(0, num_samples - len(samples))), (0, 0)))[:num_samples]
+    return torch.from_numpy(np.ascontiguousarray(samples.T))
+
+
+def peak(audio: Tensor) -> float:
+    """Give the largest magnitude of a song; below :data:`SILENT_PEAK` it is silent."""
+    return audio.abs().max().item()
+
+
+def _decode(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:
+    """Decode to (S, channels) and the file's own rate."""
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError:
+        return _decode_with_ffmpeg(path, max_seconds)  # m4a and aac, which libsndfile does not read
+    with file:
+        rate = file.samplerate
+        wanted = _promised_frames(file)
+        if max_seconds is not None:
+            wanted = min(wanted, round(max_seconds * rate))
+        samples: _Samples = file.read(wanted, dtype="float32", always_2d=True)
+    # the length of an mp3 is an estimate, so a little less than promised is not a fault
+    if wanted - len(samples) > max(0.01 * wanted, 0.25 * rate):
+        raise UserError(f"{path} ends early: {len(samples) / rate:.1f} s of {wanted / rate:.1f} s; copy it again")
+    return samples, rate
+
+
+def _promised_frames(file: soundfile.SoundFile) -> int:
+    """Give the length that the header promises; of a file cut short, libsndfile reports what is left of it."""
+    frames: int = file.frames
+    sizes = re.search(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if sizes is None or int(sizes[1]) >= 0x7FFFF000:  # programs that write to a pipe promise the largest size there is
+        return frames
+    return max(frames, round(frames * int(sizes[1]) / max(1, int(sizes[2]))))
+
+
+def _decode_with_ffmpeg(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            raise UserError(f"{path} cannot be read as audio: it holds no audio stream")
+        stream = container.streams.audio[0]
+        rate = stream.rate
+        wanted = None if max_seconds is None else round(max_seconds * rate)
+        to_float = av.AudioResampler(format="fltp")
+        parts: list[_Samples] = []
+        num_samples = 0
+        for frame in container.decode(stream):
+            parts += [part.to_ndarray() for part in to_float.resample(frame)]
+            num_samples += frame.samples
+            if wanted is not None and num_samples >= wanted:
+                break
+        if not parts:
+            raise UserError(f"{path} cannot be read as audio: it holds no samples")
+        return np.concatenate(parts, axis=1).T[:wanted], rate

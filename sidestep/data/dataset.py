@@ -1,0 +1,131 @@
+"""Preprocessed songs, read as the excerpts a run trains on.
+
+Shapes: B batch, T latent frames, C latent channels (64), L condition tokens, D their width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from sidestep.data.manifest import SongRecord, read_manifest
+from sidestep.data.sampler import PATCH_FRAMES, SongOrder, excerpt_at
+from sidestep.errors import UserError
+
+AGAIN = "run python -m sidestep.preprocess again"
+
+
+@dataclass
+class Example:
+    """An excerpt of one song."""
+
+    song: int
+    latents: Tensor
+    """(T, C) float32."""
+    condition: Tensor
+    """(L, D)."""
+
+
+@dataclass
+class Batch:
+    """Excerpts padded to one length; a mask is None where nothing is padded."""
+
+    songs: list[int]
+    latents: Tensor
+    """(B, T, C) float32."""
+    condition: Tensor
+    """(B, L, D)."""
+    frame_mask: Tensor | None
+    """(B, T) bool, False where a frame is padding."""
+    condition_mask: Tensor | None
+    """(B, L) bool, False where a token is padding."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Move every tensor."""
+        moved = (
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask)
+        )
+        return Batch(self.songs, *moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that moving to a GPU does not wait."""
+        pinned = (
+            None if tensor is None else tensor.pin_memory()
+            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask)
+        )
+        return Batch(self.songs, *pinned)  # type: ignore[arg-type]
+
+
+class SongDataset(Dataset[Example]):
+    """The excerpt at each position of a run's endless stream of songs.
+
+    Args:
+        folder: what ``python -m sidestep.preprocess`` wrote.
+        max_seconds: longest excerpt.
+        seed: decides the order of songs and where excerpts start.
+
+    Raises:
+        UserError: if the folder is not a dataset, or a file it names is missing.
+    """
+
+    def __init__(self, folder: Path, *, max_seconds: float, seed: int) -> None:
+        self.folder, self.max_seconds, self.seed = folder, max_seconds, seed
+        self.info, self.songs = read_manifest(folder)
+        self.order = SongOrder(len(self.songs), seed)
+        for song in self.songs:
+            for file in (song.latents, song.conditions):
+                if not (folder / file).is_file():
+                    raise UserError(f"{folder / file} of {song.audio} is missing; {AGAIN}")
+            if song.num_frames < PATCH_FRAMES:
+                raise UserError(f"{song.audio} in {folder} has {song.num_frames} frames; a song needs {PATCH_FRAMES}")
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when what is trained on changes."""
+        names = [f"{song.latents} {song.conditions} {song.prompt}\n" for song in self.songs]
+        return hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+
+    def __getitem__(self, position: int) -> Example:
+        index = self.order[position]
+        song = self.songs[index]
+        start, length = excerpt_at(song.num_frames, self.max_seconds, self.seed, position)
+        latents = self._read(song, song.latents, "latents", slice(start, start + length))
+        condition = self._read(song, song.conditions, song.prompt, slice(None))
+        if len(latents) != length:
+            raise UserError(
+                f"{self.folder / song.latents} of {song.audio} is shorter than the {song.num_frames} frames that "
+                f"songs.jsonl says; {AGAIN}"
+            )
+        return Example(index, latents.float(), condition)
+
+    def _read(self, song: SongRecord, file: str, key: str, rows: slice) -> Tensor:
+        path = self.folder / file
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                return tensors.get_slice(key)[rows]
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}"
+            ) from error
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Pad excerpts of several songs to one length and say what is padding."""
+    latents, frame_mask = _pad([example.latents for example in examples])
+    condition, condition_mask = _pad([example.condition for example in examples])
+    return Batch([example.song for example in examples], latents, condition, frame_mask, condition_mask)
+
+
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = pad_sequence(rows, batch_first=True)
+    if (lengths == lengths[0]).all():
+        return padded, None
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

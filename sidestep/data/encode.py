@@ -1,0 +1,405 @@
+"""Songs to a dataset: audio through the VAE first, then the words through the text and condition encoders.
+
+Only one of the two stages is in memory at a time. Every file is named by a hash of all that went into it and
+appears only when complete, so a run that was stopped goes on where it was, and a run without news loads no model.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import sidestep
+from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
+from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
+from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
+from sidestep.data.audio import SAMPLE_RATE, SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
+from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.songs import Song, SongList, read_songs
+from sidestep.devices import resolve_device, resolve_dtype
+from sidestep.errors import UserError
+from sidestep.files import remove_abandoned, replacing, sha256_of
+
+if TYPE_CHECKING:
+    from sidestep.config.settings import PreprocessConfig
+
+log = logging.getLogger(__name__)
+
+LATENTS, CONDITIONS = "latents", "conditions"
+FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
+OVERLAP_FRAMES = 2 * FRAMES_PER_SECOND  # far more than the 0.3 s that one latent frame of the VAE hears on each side
+
+
+@dataclass(kw_only=True)
+class PreprocessSummary:
+    """What a run of preprocessing did, for the person who started it."""
+
+    dataset_dir: Path
+    model_variant: str
+    changed: set[str] = field(default_factory=set)
+    """Songs of which something was encoded now."""
+    unchanged: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Songs left out, and why."""
+    num_frames: int = 0
+    sources: Counter[str] = field(default_factory=Counter)
+    """How many captions came from "dataset.json", "sidecar" and "file name"."""
+    truncated: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Songs with a text longer than ACE-Step reads: tokens cut from each text."""
+    silent: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Entries of dataset.json without an audio file."""
+    notes: list[str] = field(default_factory=list)
+    num_unused_files: int = 0
+    """Encoded files that no song of this dataset uses any more."""
+
+    def lines(self) -> list[str]:
+        """Say it in lines of text, the next command last."""
+        songs = len(self.changed) + len(self.unchanged)
+        seconds = self.num_frames / FRAMES_PER_SECOND
+        sources = ", ".join(f"{count} from {source}" for source, count in self.sources.most_common())
+        lines = [
+            f"{songs} songs in {self.dataset_dir}: {len(self.changed)} encoded now, {len(self.unchanged)} unchanged",
+            f"{seconds / 60:.1f} minutes of music, {self.num_frames} latent frames; captions: {sources}",
+        ]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.failed.items()]
+        for name, cuts in self.truncated.items():
+            cut = " and ".join(f"{tokens} tokens of the {text}" for text, tokens in cuts.items())
+            lines.append(f"cut {name}: {cut} are past what ACE-Step reads")
+        lines += [f"silent {name}: no sample is louder than -80 dBFS" for name in self.silent]
+        lines += [f"no audio file for the entry {name}" for name in self.missing]
+        lines += self.notes
+        if self.num_unused_files:
+            lines.append(f"{self.num_unused_files} encoded files are of no song any more and were left in place")
+        train = (
+            f"python -m sidestep.train dataset_dir={self.dataset_dir} model_variant={self.model_variant} adapter=lokr"
+        )
+        return [*lines, f"next: {train}"]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclass(kw_only=True)
+class _Prompts:
+    """What the model reads about one song."""
+
+    texts: dict[str, str]
+    """Caption prompt under "caption" and, if the song has a genre, under "genre"."""
+    lyrics: str
+
+
+def preprocess(config: PreprocessConfig) -> PreprocessSummary:
+    """Write or bring up to date the dataset of a folder of songs.
+
+    A song that cannot be used is left out and named in the summary.
+
+    Raises:
+        UserError: if a setting, the checkpoint or the words of the songs are wrong, or no song can be used.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.precision, device)
+    checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
+    listing = read_songs(
+        Path(config.audio_dir),
+        metadata_file=None if config.metadata_file is None else Path(config.metadata_file),
+        custom_tag=config.custom_tag,
+        tag_position=config.tag_position,
+        genre_ratio=config.genre_ratio,
+        language=config.language,
+    )
+    folder = Path(config.dataset_dir)
+    _prepare(folder)
+    summary = PreprocessSummary(dataset_dir=folder, model_variant=config.model_variant.name)
+    fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
+
+    latents = _encode_songs(config, checkpoint, listing.songs, fingerprints["vae"], device, summary)
+    if not latents:
+        raise UserError(f"none of the {len(listing.songs)} songs can be used: {'; '.join(summary.failed.values())}")
+    songs = [song for song in listing.songs if song.name in latents]
+    headers = {name: _read_header(file, "latents") for name, file in latents.items()}
+    num_frames = {name: shape[0] for name, (shape, _) in headers.items()}
+
+    prompts = _write_prompts(songs, num_frames, listing.tag_position)
+    silence = checkpoint.silence()[:REFERENCE_FRAMES]
+    encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
+    conditions = {
+        name: folder / CONDITIONS / f"{_key(prompt.texts, prompt.lyrics, encoders)}.safetensors"
+        for name, prompt in prompts.items()
+    }
+    _encode_prompts(checkpoint, prompts, conditions, silence, device, dtype, summary)
+    condition_headers = {name: _read_header(file, "caption") for name, file in conditions.items()}
+
+    info = DatasetInfo(
+        model_variant=config.model_variant.name,
+        condition_width=condition_headers[songs[0].name][0][1],
+        fingerprints=fingerprints,
+        settings=_settings(config, listing, dtype),
+        num_songs=len(songs),
+        total_seconds=sum(num_frames.values()) / FRAMES_PER_SECOND,
+        sidestep_version=sidestep.__version__,
+    )
+    records = [_record(song, latents[song.name], conditions[song.name], num_frames[song.name]) for song in songs]
+    write_manifest(folder, info, records)
+
+    summary.unchanged = latents.keys() - summary.changed
+    summary.num_frames = sum(num_frames.values())
+    summary.sources = Counter(song.source for song in songs)
+    cuts = {name: json.loads(metadata["cut"]) for name, (_, metadata) in condition_headers.items()}
+    summary.truncated = {name: cut for name, cut in cuts.items() if cut}
+    summary.silent = [name for name, (_, metadata) in headers.items() if float(metadata["peak"]) < SILENT_PEAK]
+    summary.missing, summary.notes = listing.missing, listing.notes
+    summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
+    return summary
+
+
+@torch.no_grad()
+def encode_latents(vae: Any, audio: Tensor, *, tile_seconds: float, generator: torch.Generator) -> Tensor:
+    """Encode a song, of any length in bounded memory, into latents sampled once over the whole song.
+
+    Tiles begin and end on latent frames and overlap by 2 seconds on each side, which are thrown away; so the
+    result is that of encoding everything at once, and no frame is lost where two tiles meet.
+
+    Args:
+        vae: diffusers' ``AutoencoderOobleck``, in float32.
+        audio: (2, S) at 48 kHz.
+        tile_seconds: length of a tile with its overlap; more than 4.
+        generator: on the CPU; decides the noise.
+
+    Returns:
+        Latents, (T, 64), float32 on the CPU, with T = S // 1920.
+    """
+    num_frames = audio.shape[1] // SAMPLES_PER_FRAME
+    tile_frames = int(tile_seconds * FRAMES_PER_SECOND)
+    stride = num_frames if num_frames <= tile_frames else tile_frames - 2 * OVERLAP_FRAMES
+    means, stds = [], []
+    for start in range(0, num_frames, stride):
+        end = min(start + stride, num_frames)
+        left, right = max(0, start - OVERLAP_FRAMES), end + OVERLAP_FRAMES
+        tile = audio[:, left * SAMPLES_PER_FRAME : right * SAMPLES_PER_FRAME if right < num_frames else None]
+        posterior = vae.encode(tile[None].to(vae.device)).latent_dist
+        kept = slice(start - left, end - left)
+        means.append(posterior.mean[0, :, kept].float().cpu())
+        stds.append(posterior.std[0, :, kept].float().cpu())
+    mean, std = torch.cat(means, dim=1), torch.cat(stds, dim=1)
+    return (mean + std * torch.randn(mean.shape, generator=generator)).T.contiguous()
+
+
+# first pass: audio
+
+
+def _encode_songs(
+    config: PreprocessConfig,
+    checkpoint: Checkpoint,
+    songs: list[Song],
+    vae_fingerprint: str,
+    device: torch.device,
+    summary: PreprocessSummary,
+) -> dict[str, Path]:
+    """Encode the audio that was not encoded before; return the latents file of every song that has one."""
+    files: dict[str, Path] = {}
+    for song in songs:
+        try:
+            key = _key(sha256_of(song.path), config.max_song_seconds, vae_fingerprint, config.seed)
+        except OSError as error:
+            summary.failed[song.name] = f"{song.path} cannot be read: {error}"
+            continue
+        files[song.name] = summary.dataset_dir / LATENTS / f"{key}.safetensors"
+    todo = {song.name: song.path for song in songs if song.name in files and not files[song.name].exists()}
+    if todo:
+        vae = checkpoint.load_vae(device=device, dtype=torch.float32)
+        try:
+            for name in _with_progress(list(todo), "encoding audio"):
+                try:
+                    if not files[name].exists():  # another song with the same audio may just have made it
+                        _encode_song(vae, todo[name], files[name], config)
+                    summary.changed.add(name)
+                except UserError as error:
+                    summary.failed[name] = str(error)
+                    del files[name]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the VAE ran out of memory at tile_seconds={config.tile_seconds:g}; "
+                f"use tile_seconds={max(5, int(config.tile_seconds / 2))} or device=cpu"
+            ) from error
+        del vae
+        _free_memory(device)
+    return files
+
+
+def _encode_song(vae: Any, path: Path, file: Path, config: PreprocessConfig) -> None:
+    audio = read_audio(path, config.max_song_seconds)
+    generator = torch.Generator().manual_seed(int(file.stem[:15], 16))  # the same in any order of songs
+    latents = encode_latents(vae, audio, tile_seconds=config.tile_seconds, generator=generator).half()
+    if not latents.isfinite().all():
+        raise UserError(f"{path} is so loud that its latents are not finite numbers; export it again")
+    _save(file, {"latents": latents}, {"peak": f"{peak(audio):.3g}"})
+
+
+# second pass: words
+
+
+def _write_prompts(songs: list[Song], num_frames: dict[str, int], tag_position: str) -> dict[str, _Prompts]:
+    """Write what the model reads about each song."""
+    prompts = {}
+    for song in songs:
+        captions = {"caption": song.caption} | ({"genre": song.genre} if song.genre else {})
+        prompts[song.name] = _Prompts(
+            texts={
+                key: caption_prompt(
+                    apply_tag(caption, song.custom_tag, tag_position),
+                    bpm=song.bpm,
+                    timesignature=song.timesignature,
+                    keyscale=song.keyscale,
+                    duration=num_frames[song.name] // FRAMES_PER_SECOND,
+                )
+                for key, caption in captions.items()
+            },
+            lyrics=lyrics_prompt(song.lyrics, song.language),
+        )
+    return prompts
+
+
+def _encode_prompts(
+    checkpoint: Checkpoint,
+    prompts: dict[str, _Prompts],
+    files: dict[str, Path],
+    silence: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    summary: PreprocessSummary,
+) -> None:
+    """Encode the words that were not encoded before."""
+    todo = [name for name, file in files.items() if not file.exists()]
+    if not todo:
+        return
+    tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
+    condition_encoder = checkpoint.load_condition_encoder(device=device, dtype=dtype)
+    for name in _with_progress(todo, "encoding words"):
+        lyric_ids, cut = tokenize(tokenizer, prompts[name].lyrics, MAX_LYRIC_TOKENS)
+        cuts = {"lyrics": cut}
+        conditions = {}
+        for key, text in prompts[name].texts.items():
+            text_ids, cuts[key] = tokenize(tokenizer, text, MAX_TEXT_TOKENS)
+            condition = encode_condition(
+                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=silence
+            )
+            if not condition.isfinite().all():
+                raise UserError(f"the condition of {name} is not finite in {dtype}; use precision=fp32")
+            conditions[key] = condition.cpu().contiguous()
+        _save(files[name], conditions, {"cut": json.dumps({key: cut for key, cut in cuts.items() if cut})})
+        summary.changed.add(name)
+    del text_encoder, condition_encoder
+    _free_memory(device)
+
+
+# the dataset
+
+
+def _record(song: Song, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
+    return SongRecord(
+        audio=song.name,
+        latents=f"{LATENTS}/{latents.name}",
+        conditions=f"{CONDITIONS}/{conditions.name}",
+        prompt=song.prompt,
+        num_frames=num_frames,
+        caption=song.caption,
+        genre=song.genre,
+        lyrics=song.lyrics,
+        language=song.language,
+        bpm=song.bpm,
+        keyscale=song.keyscale,
+        timesignature=song.timesignature,
+        is_instrumental=song.is_instrumental,
+        source=song.source,
+    )
+
+
+def _settings(config: PreprocessConfig, listing: SongList, dtype: torch.dtype) -> dict[str, Any]:
+    """Collect what shaped the data, as it was in the end, for the dataset's description."""
+    return {
+        "audio_dir": config.audio_dir,
+        "custom_tags": sorted({song.custom_tag for song in listing.songs if song.custom_tag}),
+        "tag_position": listing.tag_position,
+        "genre_ratio": listing.genre_ratio,
+        "language": config.language,
+        "max_song_seconds": config.max_song_seconds,
+        "seed": config.seed,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _unused_files(folder: Path, used: set[Path]) -> int:
+    return sum(file not in used for part in (LATENTS, CONDITIONS) for file in (folder / part).glob("*.safetensors"))
+
+
+# files
+
+
+def _prepare(folder: Path) -> None:
+    """Make the dataset folder and clear what a killed run left half-written in it."""
+    for part in (LATENTS, CONDITIONS):
+        try:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"dataset_dir={folder} cannot be written: {error}") from error
+        remove_abandoned(folder / part)
+
+
+def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    try:
+        with replacing(file) as partial:
+            save_file(tensors, partial, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be written: {error}") from error
+
+
+def _read_header(file: Path, key: str) -> tuple[list[int], dict[str, str]]:
+    """Read the shape of one tensor and the metadata of its file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_slice(key).get_shape(), tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read ({error}); delete it and run the same command again") from error
+
+
+def _key(*parts: object) -> str:
+    """Hash what a file is made from; 64 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_of(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _with_progress(names: list[str], what: str) -> Iterator[str]:
+    """Go through songs with a progress bar on a terminal, and with a line in the log per song elsewhere."""
+    if not sys.stderr.isatty():
+        for number, name in enumerate(names, start=1):
+            log.info("%s, song %d of %d: %s", what, number, len(names), name)
+            yield name
+        return
+    with tqdm(names, desc=what, unit="song", dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            yield name

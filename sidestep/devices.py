@@ -1,0 +1,54 @@
+"""Which device and which number format a command computes with."""
+
+from __future__ import annotations
+
+import torch
+
+from sidestep.errors import UserError
+
+
+def resolve_device(choice: str) -> torch.device:
+    """Turn auto, cpu, cuda or mps into a device that is there.
+
+    Raises:
+        UserError: if the device asked for is not there.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if choice == "auto":
+        choice = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
+    if not available[choice]:
+        found = ", ".join(name for name, there in available.items() if there)
+        raise UserError(f"device={choice} is not available to this PyTorch ({torch.__version__}); it has {found}")
+    return torch.device(choice)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Turn auto into bf16 where the device has it, fp16 on older GPUs, and fp32 elsewhere.
+
+    Raises:
+        UserError: if the device cannot compute in the precision asked for.
+    """
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError(f"precision=fp16 needs a CUDA GPU; on {device.type} use precision=fp32 or precision=bf16")
+    if precision == "bf16" and not bf16:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"precision=bf16 is not supported by {name}; use precision=fp16 or precision=fp32")
+    return precision
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Give the torch dtype of :func:`resolve_precision`."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names[resolve_precision(precision, device)]
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory that ``vram_profile=auto`` may plan with: the card's, or the machine's for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    import psutil
+
+    return psutil.virtual_memory().total / 2**30

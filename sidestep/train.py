@@ -1,0 +1,27 @@
+"""Train one adapter, or a sweep of them: ``python -m sidestep.train [-m] [group=option] [setting=value]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from sidestep.cli import run_command
+from sidestep.config.settings import TrainConfig
+
+
+def train_command(config: TrainConfig) -> float:
+    """Train, and return the number that a sweep minimises."""
+    runtime = HydraConfig.get().runtime
+    # imported here so that a mistyped setting is answered before torch loads
+    from sidestep.training.loop import train
+
+    if config.toy:
+        from sidestep.demo import prepare_demo
+
+        prepare_demo(config)
+    return train(config, Path(runtime.output_dir), choices=dict(runtime.choices))
+
+
+if __name__ == "__main__":
+    run_command("train", TrainConfig, train_command)

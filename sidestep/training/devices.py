@@ -1,0 +1,1 @@
+from sidestep.devices import *  # temporary: moved to sidestep/devices.py

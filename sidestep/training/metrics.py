@@ -1,0 +1,115 @@
+"""Losses and gradient norms, kept on the device until they are logged so that no step waits for the GPU."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from sidestep.errors import UserError
+from sidestep.training.tracking import Progress, StepMetrics, Tracker, peak_memory
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sidestep.training.run import Run
+
+SMOOTHING = 0.98
+
+
+class StepLog:
+    """Collects what each step gives and writes it when asked.
+
+    Args:
+        run: whose folder is written to.
+        accelerator: averages losses over processes.
+        first_step: steps already done.
+        smoothed_loss: the running mean of the loss that a continued run starts from; None at the beginning.
+    """
+
+    def __init__(self, run: Run, accelerator: Accelerator, first_step: int, smoothed_loss: float | None) -> None:
+        self.run, self.accelerator = run, accelerator
+        self.is_main = accelerator.is_main_process
+        self._smoothed = smoothed_loss
+        self._pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self._times: list[Tensor] = []
+        if self.is_main:
+            self._tracker = Tracker(run.output_dir, run.log_dir, first_step)
+            self._progress = Progress(first_step, run.num_steps)
+        self._last_flush = time.monotonic()
+
+    @property
+    def smoothed_loss(self) -> float:
+        """Running mean of the loss of all flushed steps."""
+        return math.nan if self._smoothed is None else self._smoothed
+
+    def saw_times(self, t: Tensor) -> None:
+        """Remember the times of a micro-batch for the histogram."""
+        self._times.append(t)
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Remember one optimiser step; ``loss`` and ``grad_norm`` are scalars on the device."""
+        self._pending.append((step, loss, grad_norm, lr))
+        if self.is_main:
+            self._progress.advance()
+
+    def flush(self) -> None:
+        """Fetch what is pending from the device and write it.
+
+        Raises:
+            UserError: if a loss or gradient is not finite.
+        """
+        if not self._pending:
+            return
+        steps, losses, grad_norms, lrs = zip(*self._pending, strict=True)
+        numbers = torch.stack([torch.stack(losses), torch.stack(grad_norms).float()])  # (2, steps)
+        numbers[0] = self.accelerator.reduce(numbers[0], "mean")
+        seconds = (time.monotonic() - self._last_flush) / len(steps)
+        metrics = None
+        for step, loss, grad_norm, lr in zip(steps, *numbers.tolist(), lrs, strict=True):
+            if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.accelerator.scaler is None):
+                what = "loss" if not math.isfinite(loss) else "gradient norm"
+                value = loss if not math.isfinite(loss) else grad_norm
+                raise UserError(
+                    f"the {what} became {value} at step {step}; checkpoints before it are unharmed; "
+                    f"continue with a lower optim.lr than {lr:g} under another name=..."
+                )
+            self._smoothed = smooth(self._smoothed, loss, step)
+            metrics = StepMetrics(step, round(self.run.epoch_at(step), 4), loss, grad_norm, lr, seconds)
+            if self.is_main:
+                self._tracker.record(metrics)
+        if self.is_main and metrics is not None:
+            self._tracker.record_timesteps(torch.cat(self._times), metrics.step)
+            self._tracker.flush()
+            self._progress.show(metrics, peak_memory(self.accelerator.device))
+        self._pending, self._times = [], []
+        self._last_flush = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Write what is left, unless the loop failed, and close the files."""
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            if self.is_main:
+                self._tracker.close()
+                self._progress.close()
+
+
+def smooth(previous: float | None, loss: float, step: int) -> float:
+    """Running mean of the loss in which each step weighs 0.98 of the next, the first steps no more than their share.
+
+    Args:
+        previous: the mean after the step before; None at step 1.
+        loss: of this step.
+        step: counted from 1.
+    """
+    if previous is None:
+        return loss
+    return previous + (1 - SMOOTHING) / (1 - SMOOTHING**step) * (loss - previous)

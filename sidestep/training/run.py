@@ -1,0 +1,330 @@
+"""A run and its folder: what it was set up with, where it starts, what it leaves behind.
+
+outputs/<name>/<run>/
+    final/                        only the adapter: point players here
+    checkpoints/epoch_N, step_N/  the same files and training_state.pt
+    runs/                         TensorBoard
+    run.json  metrics.jsonl  train.log  .hydra/
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
+from sidestep.adapters import Adapter
+from sidestep.config.gate import read_profiles
+from sidestep.config.settings import MemorySettings, Resume, TrainConfig
+from sidestep.data.dataset import SongDataset
+from sidestep.data.sampler import FRAMES_PER_SECOND
+from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
+from sidestep.errors import UserError
+from sidestep.files import replacing_folder
+from sidestep.training.final import verify_saved, write_card
+from sidestep.training.state import (
+    TrainingState,
+    check_same_settings,
+    checkpoint_folder,
+    checkpoints_by_step,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from sidestep.training.tracking import RunRecord, now, versions
+
+log = logging.getLogger(__name__)
+
+PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "resume_from")
+"""Settings that say where things lie on this machine; not written into adapters."""
+
+
+@dataclass
+class Run:
+    """One training run, resolved: nothing is left to decide."""
+
+    config: TrainConfig
+    output_dir: Path
+    device: torch.device
+    precision: str
+    dtype: torch.dtype
+    """Of the frozen base model."""
+    memory: MemorySettings
+    checkpoint: Checkpoint
+    dataset: SongDataset
+    num_processes: int
+    record: RunRecord
+    finished_loss: float | None = None
+    """The result, if the run was finished before."""
+
+    @property
+    def log_dir(self) -> Path:
+        """Folder of TensorBoard files."""
+        if self.config.log_dir is None:
+            return self.output_dir / "runs"
+        return Path(self.config.log_dir) / self.config.name / self.output_dir.name
+
+    @property
+    def songs_per_step(self) -> int:
+        """Songs of one optimiser step, over all micro-batches and processes."""
+        return self.memory.batch_size * self.memory.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        by_epochs = math.inf if self.config.max_epochs is None else self.step_at_epoch(self.config.max_epochs)
+        by_steps = math.inf if self.config.max_steps is None else self.config.max_steps
+        return int(min(by_epochs, by_steps))
+
+    def step_at_epoch(self, epoch: int) -> int:
+        """The first step at whose end every song was seen ``epoch`` times."""
+        return math.ceil(epoch * len(self.dataset.songs) / self.songs_per_step)
+
+    def epoch_at(self, step: int) -> float:
+        """How often every song was seen, on average, at the end of a step."""
+        return step * self.songs_per_step / len(self.dataset.songs)
+
+    def checkpoint_name(self, step: int) -> str | None:
+        """Name of the checkpoint to write at the end of a step, or None."""
+        epoch = int(self.epoch_at(step))
+        ends_epoch = epoch > 0 and self.step_at_epoch(epoch) == step
+        every_epochs, every_steps = self.config.save_every_epochs, self.config.save_every_steps
+        if ends_epoch and (step == self.num_steps or (every_epochs is not None and epoch % every_epochs == 0)):
+            return f"epoch_{epoch}"
+        if step == self.num_steps or (every_steps is not None and step % every_steps == 0):
+            return f"step_{step}"
+        return None
+
+    def training_settings(self) -> dict[str, Any]:
+        """Every setting that decides the weights, flat and in plain values. A run with others is another run."""
+        config = asdict(self.config)
+        groups = {key: config[key] for key in ("adapter", "optim", "schedule", "timesteps", "objective")}
+        flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
+        flat.pop("adapter.default_lr")  # only a default of optim.lr
+        settings = {
+            **{group: self.record.choices[group] for group in groups},
+            **flat,
+            "model_variant": self.config.model_variant.name,
+            "seed": self.config.seed,
+            "condition_dropout": self.config.condition_dropout,
+            "precision": self.precision,
+            "max_seconds": self.memory.max_seconds,
+            "vram_profile.batch_size": self.memory.batch_size,
+            "micro_batches_per_step": self.memory.gradient_accumulation_steps * self.num_processes,
+            "dataset": self.dataset.fingerprint(),
+            "checkpoint": self.checkpoint.fingerprint("transformer"),
+        }
+        return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # enums become plain values
+
+    def find_start(self) -> TrainingState | None:
+        """Read the checkpoint to continue from, or None to start at step 0.
+
+        Raises:
+            UserError: if that checkpoint cannot be continued with these settings.
+        """
+        config = self.config
+        newest = newest_checkpoint(self.output_dir)
+        if config.resume is Resume.never and newest is not None:
+            raise UserError(
+                f"resume=never, but {newest[0]} exists; give this run another name=..., or leave resume out"
+            )
+        folder, state = newest if newest is not None else (None, None)
+        if config.resume_from is not None:
+            wanted = checkpoint_folder(Path(config.resume_from))
+            is_own = wanted.resolve().parent.parent == self.output_dir.resolve()
+            if is_own or folder is None:
+                folder, state = wanted, load_checkpoint(wanted)
+            else:
+                log.info("this run has checkpoints of its own, which go on from resume_from=%s", config.resume_from)
+            if is_own:
+                self._set_aside_after(state.step)  # type: ignore[union-attr]
+        if folder is None or state is None:
+            return None
+        check_same_settings(state.settings, self.training_settings(), folder)
+        if state.step > self.num_steps:
+            raise UserError(
+                f"{folder} is at step {state.step}, past the {self.num_steps} steps of max_epochs={config.max_epochs} and "
+                f"max_steps={config.max_steps}; raise them, or go back with resume_from=<an earlier checkpoint>"
+            )
+        if config.schedule.depends_on_length and state.num_steps != self.num_steps:
+            log.warning(
+                "schedule=%s is stretched from %d steps to %d, so the learning rate goes on from %.3g, not %.3g",
+                self.record.choices["schedule"],
+                state.num_steps,
+                self.num_steps,
+                config.optim.lr * config.schedule.factor(state.step, self.num_steps),
+                config.optim.lr * config.schedule.factor(state.step, state.num_steps),
+            )
+        log.info("continuing from %s at step %d", folder, state.step)
+        self.record.resumed_from = str(folder)
+        return state
+
+    def begin(self, first_step: int) -> None:
+        """Write down that training starts."""
+        seconds = sum(song.num_frames for song in self.dataset.songs) / FRAMES_PER_SECOND
+        log.info(
+            "%d songs, %.1f minutes; steps %d to %d of %d songs each, %g epochs; %s on %s",
+            len(self.dataset.songs),
+            seconds / 60,
+            first_step + 1,
+            self.num_steps,
+            self.songs_per_step,
+            round(self.epoch_at(self.num_steps), 2),
+            self.precision,
+            self.device,
+        )
+        record = self.record
+        record.status, record.started, record.num_steps = "running", now(), self.num_steps
+        record.write()
+
+    def save_checkpoint(self, step: int, smoothed_loss: float, adapter: Adapter, optimizer: Any, scaler: Any) -> None:
+        """Write the checkpoint of a step."""
+        state = TrainingState(
+            step=step,
+            num_steps=self.num_steps,
+            smoothed_loss=smoothed_loss,
+            adapter=adapter.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else {},
+            settings=self.training_settings(),
+        )
+        folder = self.output_dir / "checkpoints" / str(self.checkpoint_name(step))
+        save_checkpoint(folder, state, lambda partial: adapter.save(partial, self.metadata(step)))
+        self.record.step, self.record.smoothed_loss = step, smoothed_loss
+        self.record.write()
+        log.info("saved %s", folder)
+
+    def finish(self, adapter: Adapter, transformer: nn.Module, smoothed_loss: float) -> None:
+        """Write final/, after checking that the files in it give what was trained.
+
+        Raises:
+            UserError: if they do not.
+        """
+        final = self.output_dir / "final"
+        with replacing_folder(final) as partial:
+            adapter.save(partial, self.metadata(self.num_steps))
+            write_card(partial, self.config, self.dataset, self.num_steps, self.epoch_at(self.num_steps))
+            example = self.dataset[0]
+            verify_saved(partial, adapter, transformer, example, self.checkpoint.silence())
+        record = self.record
+        record.status, record.finished = "finished", now()
+        record.step, record.smoothed_loss, record.error = self.num_steps, smoothed_loss, ""
+        record.write()
+        log.info("finished at step %d, smoothed loss %.4f; the adapter is in %s", self.num_steps, smoothed_loss, final)
+
+    def fail(self, error: BaseException) -> None:
+        """Write down why the run stopped."""
+        self.record.status, self.record.error = "failed", f"{type(error).__name__}: {error}"
+        if self.output_dir.is_dir():
+            self.record.write()
+
+    def metadata(self, step: int) -> dict[str, str]:
+        """What is written into the header of the adapter's files: enough to play it right and to make it again."""
+        config, variant = self.config, self.config.model_variant
+        about = {
+            "model_variant": variant.name,
+            "shift": config.shift,
+            "num_inference_steps": config.num_inference_steps,
+            "guidance_scale": variant.guidance_scale,
+            "custom_tag": self.dataset.info.settings.get("custom_tag", ""),
+            "checkpoint": self.checkpoint.fingerprint("transformer"),
+            "dataset": self.dataset.fingerprint(),
+            "step": step,
+            "epoch": round(self.epoch_at(step), 4),
+            "config": {key: value for key, value in asdict(config).items() if key not in PATHS},
+            "choices": {group: option for group, option in self.record.choices.items() if "hydra" not in group},
+            "versions": self.record.versions,
+        }
+        return {"sidestep": json.dumps(about, sort_keys=True)}
+
+    def _set_aside_after(self, step: int) -> None:
+        """Move checkpoints past a step out of the way, so that going back does not end at the newest again."""
+        for folder in checkpoints_by_step(self.output_dir):
+            if json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["step"] > step:
+                aside = self.output_dir / "set_aside" / now().replace(":", "")
+                aside.mkdir(parents=True, exist_ok=True)
+                os.replace(folder, aside / folder.name)
+                log.info("moved %s to %s", folder, aside)
+
+
+def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> Run:
+    """Resolve everything a run needs and check it, without loading any weights.
+
+    Raises:
+        UserError: for anything that would make the run fail later.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    memory = config.vram_profile.resolve(read_profiles(), memory_gib(device))
+    if config.max_seconds is not None:
+        memory.max_seconds = config.max_seconds
+    checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
+    dataset = SongDataset(Path(config.dataset_dir), max_seconds=memory.max_seconds, seed=config.seed)
+    check_dataset_fits(dataset, checkpoint)
+    record = RunRecord(
+        output_dir / "run.json",
+        choices={group: option for group, option in choices.items() if not group.startswith("hydra/")},
+        config=asdict(config),
+        model={"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint("transformer")},
+        dataset={"folder": str(dataset.folder), "fingerprint": dataset.fingerprint(), "num_songs": len(dataset.songs)},
+        versions=versions(),
+    )
+    run = Run(
+        config=config,
+        output_dir=output_dir,
+        device=device,
+        precision=precision,
+        dtype=resolve_dtype(precision, device),
+        memory=memory,
+        checkpoint=checkpoint,
+        dataset=dataset,
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        record=record,
+    )
+    record.settings = run.training_settings()
+    run.finished_loss = _finished_loss(run)
+    return run
+
+
+def check_dataset_fits(dataset: SongDataset, checkpoint: Checkpoint) -> None:
+    """Refuse a dataset whose conditions come from another model.
+
+    Raises:
+        UserError: saying how to make the dataset anew.
+    """
+    name = checkpoint.variant.name
+    again = f"make one with python -m sidestep.preprocess model_variant={name} dataset_dir=<another folder> ..."
+    if dataset.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
+        raise UserError(
+            f"dataset_dir={dataset.folder} was made with the condition encoder of another checkpoint "
+            f"({dataset.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
+        )
+
+
+def _finished_loss(run: Run) -> float | None:
+    """The result of a run that was finished before with the same settings and length."""
+    path = run.output_dir / "run.json"
+    if not path.is_file() or not (run.output_dir / "final").is_dir() or run.config.resume_from is not None:
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["status"] != "finished" or saved["step"] != run.num_steps:
+            return None
+        check_same_settings(saved["settings"], run.record.settings, run.output_dir)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be understood ({error}); delete it to go on from the checkpoints") from error
+    log.info(
+        "%s is finished at step %d; the adapter is in %s; raise max_epochs to train on",
+        run.output_dir,
+        run.num_steps,
+        run.output_dir / "final",
+    )
+    return float(saved["smoothed_loss"])

@@ -1,0 +1,186 @@
+"""What a run writes about itself while it trains: metrics.jsonl, TensorBoard, run.json and the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sidestep import __version__
+from sidestep.files import write_text
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "diffusers", "peft", "lycoris-lora", "accelerate", "transformers", "safetensors", "hydra-core")
+
+
+@dataclass
+class StepMetrics:
+    """One optimiser step."""
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    seconds: float
+
+
+class Tracker:
+    """Writes metrics of each step to ``metrics.jsonl`` and TensorBoard.
+
+    Args:
+        output_dir: the run's folder.
+        log_dir: folder of TensorBoard files.
+        first_step: steps already done; what was written about later ones is dropped, since they are done again.
+    """
+
+    def __init__(self, output_dir: Path, log_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = output_dir / "metrics.jsonl"
+        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= first_step]
+        write_text(self.path, "".join(kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(log_dir), purge_step=first_step + 1)
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Write one step."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        for name in ("loss", "lr", "grad_norm"):
+            self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        self._board.add_scalar("train/seconds_per_step", metrics.seconds, metrics.step)
+
+    def record_timesteps(self, timesteps: torch.Tensor, step: int) -> None:
+        """Write the histogram of times drawn since the last call."""
+        self._board.add_histogram("train/timesteps", timesteps, step)
+
+    def flush(self) -> None:
+        """Make what was written visible to other programs."""
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+@dataclass
+class RunRecord:
+    """``run.json``: what a run is and how far it came."""
+
+    path: Path
+    status: str = "running"
+    """running, finished or failed."""
+    step: int = 0
+    num_steps: int = 0
+    smoothed_loss: float | None = None
+    error: str = ""
+    resumed_from: str = ""
+    started: str = ""
+    finished: str = ""
+    choices: dict[str, str] = field(default_factory=dict)
+    """The option chosen of each group."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Every setting, resolved."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Those that decide the weights."""
+    model: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write the file, replacing what was there."""
+        values = {key: value for key, value in asdict(self).items() if key != "path"}
+        write_text(self.path, json.dumps(values, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that shapes the numbers of a run."""
+    return {
+        "sidestep": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Progress:
+    """A live line on a terminal; plain log lines when output goes to a file or a pipe.
+
+    Args:
+        first_step: steps already done.
+        num_steps: steps of the whole run.
+    """
+
+    def __init__(self, first_step: int, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", disable=not self.live, dynamic_ncols=True, desc="training"
+        )
+        self._started, self._first = time.monotonic(), first_step
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def show(self, metrics: StepMetrics, memory: str) -> None:
+        """Show the newest known metrics."""
+        if self.live:
+            self._bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {metrics.lr:.2g}, {memory}")
+            return
+        done = metrics.step - self._first
+        per_step = (time.monotonic() - self._started) / max(1, done)
+        log.info(
+            "step %d of %d, loss %.4f, lr %.3g, gradient norm %.3f, %.2f s per step, %s left, %s",
+            metrics.step,
+            self.num_steps,
+            metrics.loss,
+            metrics.lr,
+            metrics.grad_norm,
+            per_step,
+            duration(per_step * (self.num_steps - metrics.step)),
+            memory,
+        )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Write a time span as a person says it: 45 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def peak_memory(device: torch.device) -> str:
+    """Peak memory of the GPU, or memory held by the process on a CPU."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at peak"
+    import psutil
+
+    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]  # a killed run can leave half a line

@@ -1,0 +1,104 @@
+"""Small real things for tests: configs, a dataset, a run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
+
+import sidestep.config.naming  # noqa: F401
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
+from sidestep.config.settings import PreprocessConfig, TrainConfig
+from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+
+CHOICES = {
+    "adapter": "lora", "optim": "adamw", "schedule": "constant", "timesteps": "acestep", "objective": "velocity",
+    "model_variant": "base", "vram_profile": "auto",
+}  # fmt: skip
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    """The config that ``python -m sidestep.train`` would run with, quick enough for a test."""
+    quick = [
+        "name=test",
+        "dataset_dir=data",
+        "model_variant=base",
+        "device=cpu",
+        "adapter.rank=4",
+        "optim.lr=0.01",
+        "schedule.warmup_steps=2",
+        "log_every_steps=1",
+        "vram_profile.batch_size=1",
+        "vram_profile.gradient_accumulation_steps=1",
+        "vram_profile.gradient_checkpointing=false",
+        "vram_profile.max_seconds=2",
+    ]
+    return to_dataclass(compose_or_explain("train", [*quick, *overrides]), TrainConfig)
+
+
+def preprocess_config(*overrides: str) -> PreprocessConfig:
+    return to_dataclass(
+        compose_or_explain("preprocess", ["device=cpu", "model_variant=base", *overrides]), PreprocessConfig
+    )
+
+
+def choices_of(*overrides: str) -> dict[str, str]:
+    """The group options that a list of overrides chooses."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        config = compose(
+            "train", ["name=test", "dataset_dir=data", "model_variant=base", *overrides], return_hydra_config=True
+        )
+    return dict(config.hydra.runtime.choices)
+
+
+def write_dataset(
+    folder: Path, checkpoint_dir: Path, *, lengths: list[int], width: int = 64, variant: str = "base"
+) -> Path:
+    """A dataset of random latents and conditions in the layout that preprocessing writes.
+
+    Args:
+        folder: where to write it.
+        checkpoint_dir: root of the toy checkpoint that it claims to be made with.
+        lengths: latent frames of each song.
+        width: of the conditions.
+        variant: model variant.
+    """
+    checkpoint = find_checkpoint(checkpoint_dir, train_config(f"model_variant={variant}").model_variant)
+    generator = torch.Generator().manual_seed(3)
+    (folder / "latents").mkdir(parents=True)
+    (folder / "conditions").mkdir()
+    songs = []
+    for i, length in enumerate(lengths):
+        latents, conditions = f"latents/song{i}.safetensors", f"conditions/song{i}.safetensors"
+        base = torch.randn(
+            1, 64, generator=generator
+        )  # each song has a colour of its own, so that there is something to learn
+        save_file({"latents": (base + 0.3 * torch.randn(length, 64, generator=generator)).half()}, folder / latents)
+        save_file({"caption": torch.randn(5 + i, width, generator=generator)}, folder / conditions)
+        songs.append(
+            SongRecord(
+                audio=f"song{i}.wav", latents=latents, conditions=conditions, prompt="caption", num_frames=length
+            )
+        )
+    info = DatasetInfo(
+        model_variant=variant,
+        condition_width=width,
+        fingerprints={"condition_encoder": checkpoint.fingerprint("condition_encoder")},
+        settings={"custom_tag": ""},
+        num_songs=len(songs),
+    )
+    write_manifest(folder, info, songs)
+    return folder
+
+
+def run_training(output_dir: Path, *overrides: str) -> float:
+    """Train as the command would, into ``output_dir``."""
+    from sidestep.training.loop import train
+
+    logging.getLogger("sidestep").setLevel(logging.INFO)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return train(train_config(*overrides), output_dir, choices_of(*overrides))

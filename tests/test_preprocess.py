@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from audio_files import write
+from safetensors.torch import load_file
+
+from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
+from sidestep.acestep.conditioning import encode_condition, tokenize
+from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
+from sidestep.acestep.toy import make_toy_checkpoint
+from sidestep.acestep.variants import VariantConfig
+from sidestep.config.settings import PreprocessConfig, TagPosition
+from sidestep.data import encode
+from sidestep.data.encode import encode_latents, preprocess
+from sidestep.data.manifest import read_manifest
+from sidestep.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "data/golden/text_and_tensors.json").read_text(encoding="utf-8"))
+CPU = torch.device("cpu")
+VARIANT = VariantConfig(
+    name="base",
+    folder="acestep-v15-base",
+    repo="",
+    is_turbo=False,
+    is_xl=False,
+    shift=1.0,
+    num_inference_steps=50,
+    guidance_scale=7.0,
+    condition_dropout=0.15,
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    make_toy_checkpoint(root, VARIANT)
+    return find_checkpoint(root, VARIANT)
+
+
+@pytest.fixture(scope="session")
+def vae(checkpoint):
+    return checkpoint.load_vae(device=CPU, dtype=torch.float32)
+
+
+@pytest.fixture
+def config(checkpoint, tmp_path):
+    return PreprocessConfig(
+        model_variant=VARIANT,
+        audio_dir=str(tmp_path / "songs"),
+        dataset_dir=str(tmp_path / "dataset"),
+        checkpoint_dir=str(checkpoint.root),
+        language="unknown",
+        tile_seconds=15,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def songs(tmp_path):
+    """Three short songs with words in three dialects."""
+    root = tmp_path / "songs"
+    for index, name in enumerate(["a/one.wav", "b/two.flac", "03 - three.wav"]):
+        write(root / name, noise(0.5 + 0.1 * index, seed=index), 48_000)
+    words(root / "a/one.caption.txt", "a calm piano piece")
+    words(root / "a/one.lyrics.txt", "[Verse]\nhello world")
+    words(root / "a/one.json", json.dumps({"bpm": 120, "keyscale": "C major", "timesignature": "4", "language": "en"}))
+    words(root / "b/two.txt", "caption: a loud song\ngenre: rock\nlyrics:\nla la")
+    return root
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Names of the models that get loaded."""
+    loaded = []
+    for part in ("vae", "text_encoder", "condition_encoder"):
+        load = getattr(Checkpoint, f"load_{part}")
+        monkeypatch.setattr(
+            Checkpoint,
+            f"load_{part}",
+            lambda *args, part=part, load=load, **kw: loaded.append(part) or load(*args, **kw),
+        )
+    return loaded
+
+
+def noise(seconds, seed=0, rate=48_000):
+    return np.random.default_rng(seed).normal(0, 0.1, (round(seconds * rate), 2)).astype(np.float32)
+
+
+def words(path, text):
+    path.write_text(text, encoding="utf-8")
+
+
+def read(config):
+    folder = Path(config.dataset_dir)
+    info, records = read_manifest(folder)
+    return info, {record.audio: record for record in records}, folder
+
+
+# latents
+
+
+@pytest.mark.parametrize("num_samples", [int(key) for key in GOLDEN["tiling_15s_chunks"]] + [1_920, 719_999])
+def test_tiles_give_the_latents_of_the_whole_song_and_lose_no_frame(vae, num_samples):
+    audio = torch.randn(2, num_samples, generator=torch.Generator().manual_seed(0)) * 0.1
+    latents = encode_latents(vae, audio, tile_seconds=15, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        whole = vae.encode(audio[None]).latent_dist.sample(torch.Generator().manual_seed(7))[0].T
+    assert latents.shape == (num_samples // 1_920, 64)
+    torch.testing.assert_close(latents, whole, rtol=0, atol=1e-4)
+
+
+def test_the_length_of_tiles_does_not_change_the_latents(vae):
+    audio = torch.randn(2, 960_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    short, long = (
+        encode_latents(vae, audio, tile_seconds=seconds, generator=torch.Generator().manual_seed(7))
+        for seconds in (5, 30)
+    )
+    torch.testing.assert_close(short, long, rtol=0, atol=1e-4)
+
+
+# the dataset
+
+
+def test_a_folder_of_songs_becomes_a_dataset(config, songs):
+    summary = preprocess(config)
+    info, records, folder = read(config)
+    assert list(records) == ["03 - three.wav", "a/one.wav", "b/two.flac"]
+    assert [record.caption for record in records.values()] == ["three", "a calm piano piece", "a loud song"]
+    assert [record.source for record in records.values()] == ["file name", "sidecar", "sidecar"]
+    assert [record.num_frames for record in records.values()] == [17, 12, 15]
+    assert (info.model_variant, info.num_songs, info.condition_width) == ("base", 3, 64)
+    assert info.total_seconds == pytest.approx(44 / 25)
+    for record in records.values():
+        latents = load_file(folder / record.latents)["latents"]
+        assert latents.shape == (record.num_frames, 64)
+        assert latents.dtype is torch.float16
+    assert set(load_file(folder / records["b/two.flac"].conditions)) == {"caption", "genre"}
+    lines = summary.lines()
+    assert lines[0] == f"3 songs in {folder}: 3 encoded now, 0 unchanged"
+    assert lines[1].endswith("44 latent frames; captions: 2 from sidecar, 1 from file name")
+    assert lines[-1] == f"next: python -m sidestep.train dataset_dir={folder} model_variant=base adapter=lokr"
+
+
+def test_every_format_in_nested_folders_is_encoded(config, tmp_path):
+    for index, suffix in enumerate(["wav", "flac", "mp3", "ogg", "opus", "m4a"]):
+        write(tmp_path / "songs" / ("x" * (index + 1)) / f"song.{suffix}", noise(0.5, index), 48_000)
+    summary = preprocess(config)
+    assert len(summary.changed) == 6
+    assert not summary.failed
+
+
+def test_stored_conditions_are_those_of_a_direct_encoding(config, songs, checkpoint):
+    preprocess(config)
+    _, records, folder = read(config)
+    tokenizer, text_encoder = checkpoint.load_text_encoder(device=CPU, dtype=torch.float32)
+    text = caption_prompt("a calm piano piece", bpm=120, timesignature="4", keyscale="C major", duration=0)
+    lyrics = lyrics_prompt("[Verse]\nhello world", "en")
+    expected = encode_condition(
+        tokenize(tokenizer, text, 256)[0],
+        tokenize(tokenizer, lyrics, 2048)[0],
+        text_encoder=text_encoder,
+        condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
+        silence=checkpoint.silence(),
+    )
+    assert torch.equal(load_file(folder / records["a/one.wav"].conditions)["caption"], expected)
+
+
+def test_stored_latents_are_the_same_whatever_the_order_of_songs(config, songs, tmp_path):
+    preprocess(config)
+    _, records, folder = read(config)
+    for name in ("a/one.wav", "b/two.flac"):
+        (songs / name).unlink()
+    alone = replace(config, dataset_dir=str(tmp_path / "alone"))
+    preprocess(alone)
+    _, records_alone, folder_alone = read(alone)
+    file = records["03 - three.wav"].latents
+    assert records_alone["03 - three.wav"].latents == file
+    assert torch.equal(load_file(folder / file)["latents"], load_file(folder_alone / file)["latents"])
+
+
+@pytest.mark.parametrize(("position", "caption"), [("prepend", "zyx, cap"), ("append", "cap, zyx"), ("replace", "zyx")])
+def test_the_tag_goes_into_what_the_model_reads_but_not_into_the_record(
+    config, tmp_path, position, caption, monkeypatch
+):
+    write(tmp_path / "songs/x.wav", noise(0.2), 48_000)
+    words(tmp_path / "songs/x.caption.txt", "cap")
+    seen = []
+    monkeypatch.setattr(encode, "tokenize", lambda *args: seen.append(args[1]) or tokenize(*args))
+    preprocess(replace(config, custom_tag="zyx", tag_position=TagPosition(position)))
+    assert f"\n# Caption\n{caption}\n\n" in seen[1]
+    assert read(config)[1]["x.wav"].caption == "cap"
+
+
+def test_the_genre_ratio_decides_what_a_song_trains_on(config, songs):
+    preprocess(replace(config, genre_ratio=100))
+    prompts = {name: record.prompt for name, record in read(config)[1].items()}
+    assert prompts == {"03 - three.wav": "caption", "a/one.wav": "caption", "b/two.flac": "genre"}
+    words(songs / "b/two.json", '{"prompt_override": "caption"}')
+    summary = preprocess(replace(config, genre_ratio=100))
+    assert read(config)[1]["b/two.flac"].prompt == "caption"
+    assert not summary.changed
+
+
+# running again
+
+
+def test_a_second_run_loads_no_model_and_changes_no_file(config, songs, loads):
+    preprocess(config)
+    assert loads == ["vae", "text_encoder", "condition_encoder"]
+    before = {path: path.read_bytes() for path in Path(config.dataset_dir).rglob("*") if path.is_file()}
+    summary = preprocess(config)
+    assert len(loads) == 3
+    assert (summary.changed, len(summary.unchanged)) == (set(), 3)
+    assert before == {path: path.read_bytes() for path in Path(config.dataset_dir).rglob("*") if path.is_file()}
+
+
+def test_a_changed_caption_encodes_only_that_songs_words(config, songs, loads):
+    preprocess(config)
+    before = read(config)[1]
+    loads.clear()
+    words(songs / "a/one.caption.txt", "a stormy piano piece")
+    summary = preprocess(config)
+    after = read(config)[1]
+    assert loads == ["text_encoder", "condition_encoder"]
+    assert summary.changed == {"a/one.wav"}
+    assert summary.num_unused_files == 1
+    assert after["a/one.wav"].latents == before["a/one.wav"].latents
+    assert after["a/one.wav"].conditions != before["a/one.wav"].conditions
+    assert after["b/two.flac"] == before["b/two.flac"]
+
+
+def test_changed_audio_encodes_only_that_song(config, songs, loads):
+    preprocess(config)
+    before = read(config)[1]
+    loads.clear()
+    write(songs / "a/one.wav", noise(0.5, seed=9), 48_000)
+    summary = preprocess(config)
+    after = read(config)[1]
+    assert loads == ["vae"]  # as long as before, so that its words are the same
+    assert summary.changed == {"a/one.wav"}
+    assert after["a/one.wav"].latents != before["a/one.wav"].latents
+
+
+def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, loads, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(encode, "encode_condition", fail)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(config)
+    files = [path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert all(name.endswith(".safetensors") and not name.startswith(".") for name in files)
+    loads.clear()
+    assert len(preprocess(config).changed) == 3
+    assert loads == ["text_encoder", "condition_encoder"]
+
+
+def test_what_a_killed_process_left_is_cleared_and_a_living_ones_is_not(config, songs):
+    folder = Path(config.dataset_dir) / "latents"
+    folder.mkdir(parents=True)
+    finished = subprocess.Popen([sys.executable, "-c", ""])
+    finished.wait()
+    (folder / f".x.safetensors.partial-{finished.pid}").touch()
+    (folder / f".y.safetensors.partial-{os.getpid()}").touch()
+    preprocess(config)
+    assert [path.name for path in folder.glob(".*")] == [f".y.safetensors.partial-{os.getpid()}"]
+
+
+# what is wrong
+
+
+def test_a_bad_song_is_named_and_the_rest_go_on(config, songs):
+    (songs / "a/noise.wav").write_text("not sound", encoding="utf-8")
+    summary = preprocess(config)
+    assert list(summary.failed) == ["a/noise.wav"]
+    assert len(read(config)[1]) == 3
+    assert any(line.startswith("skipped a/noise.wav: ") for line in summary.lines())
+
+
+def test_a_folder_of_bad_songs_only_is_refused(config, tmp_path):
+    (tmp_path / "songs").mkdir()
+    (tmp_path / "songs/x.wav").touch()
+    with pytest.raises(UserError, match=r"none of the 1 songs can be used: .*x\.wav is empty"):
+        preprocess(config)
+
+
+def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(config, tmp_path):
+    root = tmp_path / "songs"
+    root.mkdir()
+    soundfile.write(root / "quiet.wav", np.zeros((9_600, 2)), 48_000)
+    words(root / "quiet.caption.txt", "word " * 500)
+    words(root / "dataset.json", json.dumps([{"audio_path": "gone.wav", "caption": "x"}]))
+    first, second = preprocess(config), preprocess(config)
+    for summary in (first, second):
+        assert summary.silent == ["quiet.wav"]
+        assert summary.truncated["quiet.wav"]["caption"] > 200
+        assert "no audio file for the entry gone.wav" in summary.lines()
+
+
+def test_no_more_of_a_song_is_read_than_asked_for(config, songs):
+    preprocess(replace(config, max_song_seconds=0.2))
+    assert {record.num_frames for record in read(config)[1].values()} == {5}
+
+
+def test_a_dataset_folder_that_is_a_file_is_refused(config, songs):
+    Path(config.dataset_dir).write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match=r"dataset_dir=.* cannot be written"):
+        preprocess(config)

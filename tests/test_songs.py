@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sidestep.data.songs import caption_from_name, read_songs
+from sidestep.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder in which files are made by name; audio files may be empty, since only their words are read."""
+    root = tmp_path / "songs"
+
+    def make(files):
+        for name, content in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return root
+
+    return make
+
+
+def only_song(root, **settings):
+    (song,) = read_songs(root, **settings).songs
+    return song
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("01 - My_song.wav", "My song"),
+        ("03. Night_drive.flac", "Night drive"),
+        ("07_intro.mp3", "intro"),
+        ("02 Blue.wav", "Blue"),
+        ("99 Luftballons.wav", "99 Luftballons"),
+        ("1999.wav", "1999"),
+        ("01.wav", "01"),
+    ],
+)
+def test_a_song_without_words_is_captioned_by_its_file_name(folder, name, caption):
+    song = only_song(folder({name: ""}))
+    assert (song.caption, song.source, song.is_instrumental, song.language) == (caption, "file name", True, "unknown")
+    assert caption_from_name(song.path) == caption
+
+
+def test_ace_steps_sidecars_are_read(folder):
+    root = folder(
+        {
+            "a/x.wav": "",
+            "a/x.caption.txt": "\ufeffa calm piano piece\r\n",
+            "a/x.lyrics.txt": "[Verse]\r\nhello\tworld\r\n",
+            "a/x.json": {
+                "bpm": "119.6",
+                "keyscale": "C major",
+                "timesignature": "4/4",
+                "language": "en",
+                "duration": 9,
+            },
+        }
+    )
+    song = only_song(root)
+    assert song.name == "a/x.wav"
+    assert (song.caption, song.lyrics, song.source) == ("a calm piano piece", "[Verse]\nhello\tworld", "sidecar")
+    assert (song.bpm, song.keyscale, song.timesignature, song.language) == (120, "C major", "4", "en")
+    assert not song.is_instrumental
+
+
+def test_a_txt_of_side_step_is_read_by_its_keys(folder):
+    text = (
+        "caption: a slow song:\nwith two lines\ngenre: pop, soul\nbpm: 90\nkey: A minor\nsignature: 3\n"
+        "title: not a key of ours\nis_instrumental: false\nprompt_override: genre\nlyrics:\n"
+        "[Verse: loud]\nHe said: go\n\nkey: to my heart\n"
+    )
+    song = only_song(folder({"x.wav": "", "x.txt": text}))
+    assert song.caption == "a slow song:\nwith two lines"
+    assert (song.genre, song.bpm, song.keyscale, song.timesignature) == ("pop, soul", 90, "A minor", "3")
+    assert song.lyrics == "[Verse: loud]\nHe said: go\n\nkey: to my heart"
+    assert (song.prompt, song.source) == ("genre", "sidecar")
+
+
+def test_a_txt_without_keys_is_lyrics_alone(folder):
+    song = only_song(folder({"my_x.wav": "", "my_x.txt": "[Verse]\nShe said: caption: me\n"}))
+    assert (song.lyrics, song.caption, song.source) == ("[Verse]\nShe said: caption: me", "my x", "file name")
+
+
+ENTRY = {"filename": "x.wav", "caption": "from json", "lyrics": "la", "bpm": 100, "is_instrumental": False}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [ENTRY],
+        {"samples": [ENTRY]},
+        {"metadata": {"name": "mine", "custom_tag": "", "genre_ratio": 0}, "samples": [ENTRY], "num_samples": 1},
+    ],
+)
+def test_every_shape_of_dataset_json_is_read(folder, content):
+    song = only_song(folder({"x.wav": "", "dataset.json": content}))
+    assert (song.caption, song.lyrics, song.bpm, song.source) == ("from json", "la", 100, "dataset.json")
+
+
+def test_entries_find_their_song_by_path_or_by_file_name(folder):
+    root = folder({"a/x.wav": "", "b/x.wav": "", "c/y.wav": "", "z.wav": ""})
+    entries = [
+        {"audio_path": str(root / "a/x.wav"), "filename": "x.wav", "caption": "absolute"},
+        {"audio_path": "./b/x.wav", "filename": "x.wav", "caption": "relative"},
+        {"audio_path": "C:\\music\\y.wav", "caption": "another machine"},
+        {"filename": "z.wav", "caption": "name"},
+        {"audio_path": "/nowhere/gone.wav", "caption": "gone"},
+    ]
+    folder({"dataset.json": entries})
+    listing = read_songs(root)
+    assert [song.caption for song in listing.songs] == ["absolute", "relative", "another machine", "name"]
+    assert listing.missing == ["/nowhere/gone.wav"]
+
+
+def test_a_dataset_json_elsewhere_names_songs_relative_to_itself_or_to_the_songs(folder, tmp_path):
+    root = folder({"x.wav": "", "y.wav": ""})
+    entries = [{"audio_path": "songs/x.wav", "caption": "one"}, {"audio_path": "y.wav", "caption": "two"}]
+    (tmp_path / "words.json").write_text(json.dumps(entries), encoding="utf-8")
+    listing = read_songs(root, metadata_file=tmp_path / "words.json")
+    assert [song.caption for song in listing.songs] == ["one", "two"]
+
+
+def test_sidecars_win_over_dataset_json_value_by_value(folder):
+    root = folder(
+        {
+            "x.wav": "",
+            "dataset.json": [{"filename": "x.wav", "caption": "far", "bpm": 100, "is_instrumental": True}],
+            "x.txt": "caption: nearer\nkey: C major\n",
+            "x.json": {"caption": "near", "bpm": None},
+            "x.lyrics.txt": "la la",
+        }
+    )
+    song = only_song(root)
+    assert (song.caption, song.bpm, song.keyscale, song.lyrics) == ("near", 100, "C major", "la la")
+    assert not song.is_instrumental
+
+
+def test_the_tag_of_the_settings_wins_over_an_entry_and_that_over_the_file(folder):
+    root = folder({"x.wav": "", "y.wav": ""})
+    metadata = {"custom_tag": "file", "tag_position": "append", "genre_ratio": 100}
+    folder({"dataset.json": {"metadata": metadata, "samples": [{"filename": "x.wav", "custom_tag": "entry"}]}})
+    listing = read_songs(root)
+    assert [song.custom_tag for song in listing.songs] == ["entry", "file"]
+    assert (listing.tag_position, listing.genre_ratio) == ("append", 100)
+    listing = read_songs(root, custom_tag="mine", genre_ratio=50)
+    assert [song.custom_tag for song in listing.songs] == ["mine", "mine"]
+    assert (listing.tag_position, listing.genre_ratio) == ("prepend", 50)
+
+
+def test_the_genre_ratio_chooses_songs_and_a_songs_own_choice_wins(folder):
+    root = folder({f"{n}.wav": "" for n in range(4)})
+    words = [{"filename": f"{n}.wav", "caption": "c", "genre": "g"} for n in range(3)]
+    words[0]["prompt_override"] = "caption"
+    folder({"dataset.json": words})
+    listing = read_songs(root, genre_ratio=100)
+    assert [song.prompt for song in listing.songs] == ["caption", "genre", "genre", "caption"]
+    assert listing.notes == ["chosen by the genre ratio but without a genre, so on their caption: 3.wav"]
+
+
+def test_words_without_effect_are_noted(folder):
+    words = {"is_instrumental": True, "lyrics": "la la", "repeat": 3, "caption": "x"}
+    listing = read_songs(folder({"x.wav": "", "x.json": words}))
+    assert listing.songs[0].lyrics == ""
+    assert listing.notes == [
+        "marked instrumental, so their lyrics are not used: x.wav",
+        "ask to be repeated; every song counts once here: x.wav",
+    ]
+
+
+def test_a_tag_position_without_a_tag_is_noted(folder):
+    root = folder({"x.wav": ""})
+    assert read_songs(root, tag_position="append").notes == [
+        "tag_position=append has no effect, because no song has a custom_tag"
+    ]
+    assert read_songs(root, tag_position="append", custom_tag="zyx").notes == []
+
+
+def test_every_bad_value_is_named_by_file_and_key_at_once(folder):
+    root = folder(
+        {
+            "a.wav": "",
+            "a.json": {"bpm": "fast", "timesignature": "waltz", "caption": 3, "prompt_override": "both"},
+            "b.wav": "",
+            "b.lyrics.txt": "la\x1b[31m",
+            "c.wav": "",
+            "c.json": "{not json",
+            "d.wav": "",
+            "dataset.json": {
+                "metadata": {"genre_ratio": 200},
+                "samples": [{"filename": "d.wav", "bpm": True}, {"caption": "whose?"}],
+            },
+            "e.wav": "",
+            "e.json": {"prompt_override": "genre", "caption": "\ud800"},
+        }
+    )
+    (root / "d.caption.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError) as raised:
+        read_songs(root)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in [
+        "a.json: bpm must be a number of beats per minute above 0, it is 'fast'",
+        "a.json: timesignature must be",
+        "a.json: caption must be text, it is '3'",
+        "a.json: prompt_override must be one of caption, genre, it is 'both'",
+        "b.lyrics.txt: lyrics must be text without control characters",
+        "c.json is not JSON",
+        "dataset.json metadata: genre_ratio must be a whole number from 0 to 100",
+        "dataset.json entry of d.wav: bpm must be",
+        "dataset.json entry 1: neither audio_path nor filename",
+        "d.caption.txt cannot be read as UTF-8",
+        "e.wav: prompt_override is genre, but the song has no genre",
+        "e.json: caption must be text without control characters",
+    ]:
+        assert part in message
+
+
+def test_a_file_outside_the_folder_of_songs_is_refused(folder, tmp_path):
+    root = folder({"x.wav": "", "dataset.json": [{"audio_path": "../secret.wav", "caption": "c"}]})
+    (tmp_path / "secret.wav").touch()
+    with pytest.raises(UserError, match=r"entry 0: \.\./secret\.wav is outside audio_dir"):
+        read_songs(root)
+
+
+def test_an_entry_that_could_be_two_songs_is_refused(folder):
+    root = folder({"a/x.wav": "", "b/x.wav": "", "dataset.json": [{"filename": "x.wav"}]})
+    with pytest.raises(UserError, match=r"entry 0: x\.wav could be any of a/x\.wav, b/x\.wav"):
+        read_songs(root)
+
+
+def test_a_song_named_twice_is_refused(folder):
+    root = folder({"x.wav": "", "dataset.json": [{"filename": "x.wav"}, {"audio_path": "x.wav"}]})
+    with pytest.raises(UserError, match=r"entry 1: x\.wav is named twice"):
+        read_songs(root)
+
+
+@pytest.mark.parametrize("content", [{"songs": []}, "words", {"samples": {}}, ["x.wav"]])
+def test_a_dataset_json_of_another_shape_is_refused(folder, content):
+    root = folder({"x.wav": "", "dataset.json": json.dumps(content)})
+    with pytest.raises(UserError, match=r"dataset\.json .*must be"):
+        read_songs(root)
+
+
+def test_a_huge_caption_is_read_whole(folder):
+    assert len(only_song(folder({"x.wav": "", "x.caption.txt": "word " * 20_000})).caption) == 99_999

@@ -1,0 +1,321 @@
+"""Whole runs on the toy model, on the CPU, in seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.adapters.files import attach_saved
+from sidestep.errors import UserError
+from sidestep.training.state import load_checkpoint
+from tests.factories import run_training, train_config, write_dataset
+
+FAMILIES = {
+    "lora with dropout": ("adapter=lora", "adapter.dropout=0.1", "adapter.alpha=8"),
+    "lokr": ("adapter=lokr", "adapter.rank=2"),
+}
+WEIGHTS = {"lora": "adapter_model.safetensors", "lokr": "lokr_weights.safetensors"}
+
+
+@pytest.fixture
+def places(checkpoint_dir: Path, dataset_dir: Path) -> tuple[str, str]:
+    return f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stopping_at_an_epoch_and_going_on_gives_the_same_adapter(tmp_path, places, family):
+    settings = (*FAMILIES[family], *places, "save_every_epochs=1", "vram_profile.gradient_accumulation_steps=2")
+    whole = run_training(tmp_path / "whole", *settings, "max_epochs=4")
+    run_training(tmp_path / "parts", *settings, "max_epochs=2")
+    parts = run_training(tmp_path / "parts", *settings, "max_epochs=4")
+
+    assert_same_weights(tmp_path / "whole/final", tmp_path / "parts/final")
+    assert_same_weights(tmp_path / "whole/checkpoints/epoch_3", tmp_path / "parts/checkpoints/epoch_3")
+    assert parts == whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stopping_inside_an_epoch_and_going_on_gives_the_same_adapter(tmp_path, places, family):
+    settings = (*FAMILIES[family], *places, "vram_profile.gradient_accumulation_steps=2", "max_epochs=null")
+    run_training(tmp_path / "whole", *settings, "max_steps=5")
+    run_training(tmp_path / "parts", *settings, "max_steps=3")  # 6 of 4 songs: in the middle of the second epoch
+    run_training(tmp_path / "parts", *settings, "max_steps=5")
+
+    assert_same_weights(tmp_path / "whole/final", tmp_path / "parts/final")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("point_at", ["folder", "file"])
+def test_resume_from_goes_back_to_an_earlier_checkpoint(tmp_path, places, point_at):
+    settings = ("adapter=lora", *places, "save_every_epochs=1", "max_epochs=3")
+    run_training(tmp_path / "run", *settings)
+    expected = weights(tmp_path / "run/final")
+    shutil.rmtree(tmp_path / "run/final")
+    earlier = tmp_path / "run/checkpoints/epoch_1"
+    target = earlier if point_at == "folder" else earlier / "training_state.pt"
+
+    run_training(tmp_path / "run", *settings, f"resume_from={target}")
+
+    torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
+    (aside,) = (tmp_path / "run/set_aside").iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == ["epoch_2", "epoch_3"]
+
+
+def test_resume_from_starts_another_run_where_this_one_stopped(tmp_path, places):
+    settings = ("adapter=lora", *places, "save_every_epochs=1")
+    run_training(tmp_path / "first", *settings, "max_epochs=2")
+    run_training(tmp_path / "first", *settings, "max_epochs=4")
+    start = tmp_path / "first/checkpoints/epoch_2"
+    run_training(tmp_path / "second", *settings, "max_epochs=4", f"resume_from={start}")
+    assert_same_weights(tmp_path / "first/final", tmp_path / "second/final")
+
+
+def test_accumulating_micro_batches_trains_like_one_larger_batch(tmp_path, checkpoint_dir):
+    """Equal lengths, no draws that depend on the batch: the gradients must be the same mean."""
+    data = write_dataset(tmp_path / "data", checkpoint_dir, lengths=[50, 50, 50, 50])
+    settings = (
+        f"checkpoint_dir={checkpoint_dir}",
+        f"dataset_dir={data}",
+        "max_epochs=null",
+        "max_steps=1",
+        "optim=adamw",
+    )
+    run_training(tmp_path / "batch", *settings, "vram_profile.batch_size=4")
+    run_training(tmp_path / "accumulated", *settings, "vram_profile.gradient_accumulation_steps=4")
+    losses = [json.loads((tmp_path / run / "metrics.jsonl").read_text())["loss"] for run in ("batch", "accumulated")]
+    assert losses[0] != losses[1]  # the draws are those of one micro-batch of four and of four of one
+    assert losses[0] == pytest.approx(losses[1], rel=0.25)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, places):
+    settings = ("adapter=lora", "adapter.dropout=0.1", *places, "max_epochs=1")
+    run_training(tmp_path / "kept", *settings)
+    run_training(tmp_path / "recomputed", *settings, "vram_profile.gradient_checkpointing=true")
+    one, other = weights(tmp_path / "kept/final"), weights(tmp_path / "recomputed/final")
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_a_run_leaves_the_promised_folder(tmp_path, places, adapter):
+    run = tmp_path / "run"
+    run_training(
+        run,
+        f"adapter={adapter}",
+        "adapter.rank=2",
+        *places,
+        "max_epochs=2",
+        "save_every_epochs=1",
+        "save_every_steps=3",
+    )
+
+    assert {path.name for path in run.iterdir()} == {"final", "checkpoints", "runs", "run.json", "metrics.jsonl"}
+    config = ["adapter_config.json"] if adapter == "lora" else []
+    assert sorted(path.name for path in (run / "final").iterdir()) == ["README.md", *config, WEIGHTS[adapter]]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["epoch_1", "epoch_2", "step_3", "step_6"]
+    for checkpoint in (run / "checkpoints").iterdir():
+        assert {WEIGHTS[adapter], "training_state.pt", "manifest.json"} <= {path.name for path in checkpoint.iterdir()}
+    torch.load(run / "checkpoints/epoch_1/training_state.pt", weights_only=True)
+
+    events = EventAccumulator(str(run / "runs"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "train/grad_norm"} <= set(events.Tags()["scalars"])
+    assert "train/timesteps" in events.Tags()["histograms"]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        [event.step for event in events.Scalars("train/loss")] == [row["step"] for row in logged] == list(range(1, 9))
+    )
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([row["loss"] for row in logged])
+
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["step"] == 8
+    assert record["config"]["adapter"]["rank"] == 2
+    assert record["choices"]["adapter"] == adapter
+    with safe_open(run / "final" / WEIGHTS[adapter], framework="pt") as file:
+        about = json.loads(file.metadata()["sidestep"])
+    assert about["model_variant"] == "base"
+    assert (about["shift"], about["num_inference_steps"]) == (1.0, 50)
+    assert about["config"]["optim"]["lr"] == 0.01
+
+
+def test_no_file_of_an_adapter_names_a_folder_of_this_machine(tmp_path, places):
+    run_training(tmp_path / "run", "adapter=lora", *places, "max_epochs=1")
+    for path in (tmp_path / "run/final").iterdir():
+        assert str(tmp_path.parent.parent).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_every_checkpoint_plays_what_was_trained_at_that_step(tmp_path, places, checkpoint_dir, adapter):
+    settings = (f"adapter={adapter}", "adapter.rank=2", "adapter.alpha=3", *places, "save_every_epochs=1")
+    run_training(tmp_path / "run", *settings, "max_epochs=2")
+    checkpoint = find_checkpoint(checkpoint_dir, train_config().model_variant)
+
+    def output(load):
+        transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
+        load(transformer)
+        transformer.eval()
+        draw = torch.Generator().manual_seed(0)
+        latents, condition = (torch.randn(1, n, 64, generator=draw) for n in (20, 6))
+        context, t = torch.randn(1, 20, 128, generator=draw), torch.tensor([0.5])
+        with torch.no_grad():
+            return transformer(latents, t, t, condition, context, return_dict=False)[0]
+
+    base = output(lambda transformer: None)
+    for folder in sorted((tmp_path / "run/checkpoints").iterdir()):
+        state = load_checkpoint(folder)
+        trained = output(
+            lambda transformer, state=state: (
+                train_config(*settings).adapter.attach(transformer).load_state_dict(state.adapter)
+            )
+        )
+        played = output(lambda transformer, folder=folder: attach_saved(transformer, folder))
+        torch.testing.assert_close(played, trained, atol=1e-5, rtol=0)
+        assert (played - base).abs().max() > 1e-3
+
+
+def test_the_same_command_returns_a_finished_runs_result_without_training(tmp_path, places, caplog):
+    settings = ("adapter=lora", *places, "max_epochs=1")
+    first = run_training(tmp_path / "run", *settings)
+    before = (tmp_path / "run/run.json").read_text()
+    assert run_training(tmp_path / "run", *settings) == first
+    assert "is finished at step 4" in caplog.text
+    assert (tmp_path / "run/run.json").read_text() == before
+
+
+def test_a_run_killed_before_final_was_written_still_gets_it(tmp_path, places):
+    settings = ("adapter=lora", *places, "max_epochs=1")
+    run_training(tmp_path / "run", *settings)
+    expected = weights(tmp_path / "run/final")
+    shutil.rmtree(tmp_path / "run/final")
+    run_training(tmp_path / "run", *settings)
+    torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("optim.lr=0.02", r"optim\.lr=0\.01 \(now 0\.02\)"),
+        ("adapter.rank=3", r"adapter\.rank=4 \(now 3\)"),
+        ("seed=1", r"seed=0 \(now 1\)"),
+        ("timesteps=uniform", r"timesteps=acestep \(now uniform\)"),
+        ("vram_profile.gradient_accumulation_steps=2", r"micro_batches_per_step=1 \(now 2\)"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, places, change, named):
+    settings = ("adapter=lora", *places, "max_epochs=1")
+    run_training(tmp_path / "run", *settings)
+    kept = weights(tmp_path / "run/final")
+    with pytest.raises(UserError, match=named):
+        run_training(tmp_path / "run", *settings, change, "max_epochs=2")
+    torch.testing.assert_close(weights(tmp_path / "run/final"), kept, rtol=0, atol=0)
+
+
+def test_another_dataset_in_the_same_run_is_refused(tmp_path, places, checkpoint_dir):
+    run_training(tmp_path / "run", *places, "max_epochs=1")
+    other = write_dataset(tmp_path / "other", checkpoint_dir, lengths=[60, 60])
+    with pytest.raises(UserError, match="dataset="):
+        run_training(tmp_path / "run", places[0], f"dataset_dir={other}", "max_epochs=2")
+
+
+def test_resume_never_does_not_touch_a_run_that_has_checkpoints(tmp_path, places):
+    run_training(tmp_path / "run", *places, "max_epochs=1")
+    with pytest.raises(UserError, match=r"resume=never, but .*epoch_1 exists"):
+        run_training(tmp_path / "run", *places, "max_epochs=2", "resume=never")
+
+
+def test_fewer_epochs_than_already_trained_are_refused(tmp_path, places):
+    run_training(tmp_path / "run", *places, "max_epochs=2")
+    with pytest.raises(UserError, match=r"at step 8, past the 4 steps of max_epochs=1"):
+        run_training(tmp_path / "run", *places, "max_epochs=1")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "bit flipped", "file missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, places, caplog, damage):
+    settings = ("adapter=lora", *places, "save_every_epochs=1", "max_epochs=3")
+    run_training(tmp_path / "run", *settings)
+    expected = weights(tmp_path / "run/final")
+    shutil.rmtree(tmp_path / "run/final")
+    state = tmp_path / "run/checkpoints/epoch_3/training_state.pt"
+    content = bytearray(state.read_bytes())
+    if damage == "cut short":
+        state.write_bytes(content[:1000])
+    elif damage == "bit flipped":
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    else:
+        state.unlink()
+
+    run_training(tmp_path / "run", *settings)
+
+    assert "epoch_3" in caplog.text
+    assert "epoch_2 at step 8" in caplog.text
+    torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
+
+
+def test_resume_from_a_folder_without_training_state_says_what_is_there(tmp_path, places):
+    run_training(tmp_path / "run", *places, "max_epochs=1")
+    with pytest.raises(UserError, match=r"final is not a checkpoint: no training_state\.pt .*\(it holds README\.md"):
+        run_training(tmp_path / "other", *places, f"resume_from={tmp_path / 'run/final'}")
+
+
+def test_a_dataset_made_for_another_model_is_refused(tmp_path, checkpoint_dir, dataset_dir):
+    with pytest.raises(UserError, match=r"was made with the condition encoder of another checkpoint \(base\)"):
+        run_training(
+            tmp_path / "run", f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "model_variant=turbo"
+        )
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, places):
+    run_training(tmp_path / "run", *places, "max_epochs=1")
+    state = load_checkpoint(tmp_path / "run/checkpoints/epoch_1")
+    with pytest.raises(UserError, match=r"the (loss|gradient norm) became (nan|inf) at step \d+"):
+        run_training(tmp_path / "hot", *places, "max_epochs=50", "optim.lr=1e38", "optim.max_grad_norm=1e38")
+    assert json.loads((tmp_path / "hot/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "hot/final").exists()
+    assert state.step == 4
+
+
+def test_a_stretched_schedule_is_told(tmp_path, places, caplog):
+    settings = (*places, "schedule=cosine")
+    run_training(tmp_path / "run", *settings, "max_epochs=1")
+    run_training(tmp_path / "run", *settings, "max_epochs=2")
+    assert "schedule=cosine is stretched from 4 steps to 8" in caplog.text
+
+
+def test_bf16_keeps_the_adapter_in_fp32(tmp_path, places):
+    run_training(tmp_path / "run", "adapter=lora", *places, "precision=bf16", "max_epochs=1")
+    saved = load_checkpoint(tmp_path / "run/checkpoints/epoch_1")
+    assert {tensor.dtype for tensor in saved.adapter.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in weights(tmp_path / "run/final").values()} == {torch.float32}
+
+
+def test_one_runs_precision_and_preset_do_not_leak_into_the_next(tmp_path, places):
+    run_training(tmp_path / "alone", "adapter=lokr", *places, "max_epochs=1")
+    run_training(
+        tmp_path / "before",
+        "adapter=lokr",
+        *places,
+        "precision=bf16",
+        "adapter.target_modules=[up_proj]",
+        "max_epochs=1",
+    )
+    run_training(tmp_path / "after", "adapter=lokr", *places, "max_epochs=1")
+    assert_same_weights(tmp_path / "alone/final", tmp_path / "after/final")
