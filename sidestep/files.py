@@ -41,30 +41,33 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what :func:`replacing` left in a folder when its process was killed."""
+    """Delete what :func:`replacing` and :func:`replacing_folder` left in a folder when their process was killed."""
     import psutil
 
     for partial in folder.glob(".*.partial-*"):
-        process = partial.name.rpartition("-")[2]
+        process = partial.name.rpartition(".partial-")[2].removesuffix("-old")
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            partial.unlink(missing_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while writing
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder.parent)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir()
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             sync(path)
         sync(partial)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = folder.with_name(f".{folder.name}.partial-{os.getpid()}-old")
         if folder.exists():
-            os.replace(folder, old)
+            os.replace(folder, old)  # a folder cannot replace one that is not empty
         os.replace(partial, folder)
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ import sys
 from sidestep.cli import run_command
 from sidestep.config.settings import PreprocessConfig
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sidestep.preprocess")  # __main__ would not be a child of the sidestep logger
 
 
 def preprocess_command(config: PreprocessConfig) -> None:

@@ -13,6 +13,9 @@ from sidestep.config.settings import TrainConfig
 def train_command(config: TrainConfig) -> float:
     """Train, and return the number that a sweep minimises."""
     runtime = HydraConfig.get().runtime
+    output_dir = Path(runtime.output_dir)
+    if output_dir.is_relative_to(Path.cwd()):
+        output_dir = output_dir.relative_to(Path.cwd())  # shorter to read, and to type
     # imported here so that a mistyped setting is answered before torch loads
     from sidestep.training.loop import train
 
@@ -20,7 +23,7 @@ def train_command(config: TrainConfig) -> float:
         from sidestep.demo import prepare_demo
 
         prepare_demo(config)
-    return train(config, Path(runtime.output_dir), choices=dict(runtime.choices))
+    return train(config, output_dir, choices=dict(runtime.choices))
 
 
 if __name__ == "__main__":

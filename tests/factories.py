@@ -88,7 +88,7 @@ def write_dataset(
         model_variant=variant,
         condition_width=width,
         fingerprints={"condition_encoder": checkpoint.fingerprint("condition_encoder")},
-        settings={"custom_tag": ""},
+        settings={"custom_tags": []},
         num_songs=len(songs),
     )
     write_manifest(folder, info, songs)

@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from diffusers.loaders.lora_pipeline import AceStepLoraLoaderMixin
-from tests.golden import GOLDEN, golden_case, golden_transformer
 from lycoris import LycorisNetwork, create_lycoris
 from lycoris.modules.lokr import logging_force_full_matrix
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from sidestep.adapters.files import attach_saved, read_adapter
 from sidestep.adapters.lokr import LokrConfig
 from sidestep.adapters.lora import LoraConfig
 from sidestep.errors import UserError
+from tests.golden import GOLDEN, golden_case, golden_transformer
 
 INPUTS, _ = golden_case()
 TARGET = torch.randn(INPUTS["hidden_states"].shape, generator=torch.Generator().manual_seed(0))

@@ -6,10 +6,10 @@ import struct
 import numpy as np
 import pytest
 import torch
-from audio_files import write
 
 from sidestep.data.audio import SILENT_PEAK, find_audio, peak, read_audio
 from sidestep.errors import UserError
+from tests.audio_files import write
 
 
 def tone(seconds=1.0, rate=44_100, channels=2, hertz=440.0):

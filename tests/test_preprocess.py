@@ -11,40 +11,27 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import write
 from safetensors.torch import load_file
 
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
-from sidestep.acestep.toy import make_toy_checkpoint
-from sidestep.acestep.variants import VariantConfig
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode
 from sidestep.data.encode import encode_latents, preprocess
 from sidestep.data.manifest import read_manifest
 from sidestep.errors import UserError
+from tests.audio_files import write
+from tests.factories import train_config
 
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/text_and_tensors.json").read_text(encoding="utf-8"))
 CPU = torch.device("cpu")
-VARIANT = VariantConfig(
-    name="base",
-    folder="acestep-v15-base",
-    repo="",
-    is_turbo=False,
-    is_xl=False,
-    shift=1.0,
-    num_inference_steps=50,
-    guidance_scale=7.0,
-    condition_dropout=0.15,
-)
+VARIANT = train_config("model_variant=base").model_variant
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    make_toy_checkpoint(root, VARIANT)
-    return find_checkpoint(root, VARIANT)
+def checkpoint(checkpoint_dir):
+    return find_checkpoint(checkpoint_dir, VARIANT)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 from omegaconf import MISSING
 
@@ -42,7 +42,9 @@ class Resume(StrEnum):
     never = "never"
 
 
-class TagPosition(StrEnum):
+class TagPosition(Enum):
+    """Not a string itself: the name replace would hide a method of str."""
+
     prepend = "prepend"
     append = "append"
     replace = "replace"
@@ -109,12 +111,19 @@ class TrainConfig:
     """One training run."""
 
     model_variant: VariantConfig = MISSING
+    """Which of the six models to train on."""
     adapter: AdapterConfig = MISSING
+    """What is trained beside it."""
     optim: OptimConfig = MISSING
+    """How its weights are changed."""
     schedule: ScheduleConfig = MISSING
+    """How the learning rate goes."""
     timesteps: TimestepConfig = MISSING
+    """How much noise examples carry."""
     objective: ObjectiveConfig = MISSING
+    """What is minimised."""
     vram_profile: VramConfig = MISSING
+    """What is given up to fit in memory."""
 
     name: str = MISSING
     """Folder of this run or sweep: outputs/<name>/<run>."""
@@ -139,6 +148,7 @@ class TrainConfig:
     resume_from: str | None = None
     """Checkpoint folder, or a file in it, to start from instead of this run's own newest."""
     device: Device = Device.auto
+    """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
     precision: Precision = Precision.auto
     """auto is bf16 on a GPU that has it, fp16 on an older one, and fp32 on a CPU."""
     max_seconds: float | None = None
@@ -180,6 +190,7 @@ class PreprocessConfig:
     """Songs to a dataset folder."""
 
     model_variant: VariantConfig = MISSING
+    """Which model the dataset is for."""
 
     audio_dir: str = MISSING
     """Folder of songs, searched with its subfolders."""
@@ -192,6 +203,7 @@ class PreprocessConfig:
     custom_tag: str = ""
     """Trigger word put into every caption."""
     tag_position: TagPosition = TagPosition.prepend
+    """Where custom_tag goes: prepend, append, or replace the whole caption."""
     genre_ratio: int = 0
     """Per cent of songs that train on their genre line instead of their caption."""
     language: str = MISSING
@@ -203,6 +215,7 @@ class PreprocessConfig:
     seed: int = 0
     """Decides the VAE's sampling noise."""
     device: Device = Device.auto
+    """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
     precision: Precision = Precision.auto
     """Of the text and condition encoders; auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
 

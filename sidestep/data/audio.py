@@ -14,13 +14,14 @@ import soxr
 import torch
 from torch import Tensor
 
+from sidestep.data.sampler import PATCH_FRAMES
 from sidestep.errors import UserError
 from sidestep.files import describe
 
 SAMPLE_RATE = 48_000
 SAMPLES_PER_FRAME = 1_920  # one latent frame, 1/25 second
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
-MIN_SAMPLES = 2 * SAMPLES_PER_FRAME  # the transformer reads latents in patches of two frames
+MIN_SAMPLES = PATCH_FRAMES * SAMPLES_PER_FRAME
 SILENT_PEAK = 1e-4  # -80 dBFS
 
 _Samples = npt.NDArray[np.float32]

@@ -111,9 +111,7 @@ class SongDataset(Dataset[Example]):
             with safe_open(path, framework="pt") as tensors:
                 return tensors.get_slice(key)[rows]
         except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}"
-            ) from error
+            raise UserError(f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}") from error
 
 
 def collate(examples: list[Example]) -> Batch:

@@ -27,8 +27,9 @@ import sidestep
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
-from sidestep.data.audio import SAMPLE_RATE, SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
-from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
+from sidestep.data.manifest import INFO, DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.sampler import FRAMES_PER_SECOND
 from sidestep.data.songs import Song, SongList, read_songs
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATENTS, CONDITIONS = "latents", "conditions"
-FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FRAME
 OVERLAP_FRAMES = 2 * FRAMES_PER_SECOND  # far more than the 0.3 s that one latent frame of the VAE hears on each side
 
 
@@ -118,12 +118,13 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         Path(config.audio_dir),
         metadata_file=None if config.metadata_file is None else Path(config.metadata_file),
         custom_tag=config.custom_tag,
-        tag_position=config.tag_position,
+        tag_position=config.tag_position.value,
         genre_ratio=config.genre_ratio,
         language=config.language,
     )
     folder = Path(config.dataset_dir)
     _prepare(folder)
+    was_for = read_manifest(folder)[0].model_variant if (folder / INFO).is_file() else config.model_variant.name
     summary = PreprocessSummary(dataset_dir=folder, model_variant=config.model_variant.name)
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
@@ -163,6 +164,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     summary.truncated = {name: cut for name, cut in cuts.items() if cut}
     summary.silent = [name for name, (_, metadata) in headers.items() if float(metadata["peak"]) < SILENT_PEAK]
     summary.missing, summary.notes = listing.missing, listing.notes
+    if was_for != config.model_variant.name:
+        summary.notes.append(f"the dataset was for model_variant={was_for} and is now for {config.model_variant.name}")
     summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
     return summary
 

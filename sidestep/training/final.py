@@ -45,7 +45,7 @@ def verify_saved(folder: Path, adapter: Adapter, transformer: nn.Module, example
             "the trained adapter does not change the model's output at all; "
             "train longer or with a higher optim.lr; checkpoints are kept"
         )
-    rounding = 8 * torch.finfo(transformer.dtype).eps * base.abs().max().item()
+    rounding = 8 * torch.finfo(next(transformer.parameters()).dtype).eps * base.abs().max().item()
     if error > 0.05 * effect + rounding:
         raise UserError(
             f"the saved adapter does not give what was trained: outputs differ by {error:.3g}, where the adapter's "
@@ -74,10 +74,10 @@ def _probe(transformer: nn.Module, example: Example, silence: Tensor) -> Tensor:
 def write_card(folder: Path, config: TrainConfig, dataset: SongDataset, step: int, epoch: float) -> None:
     """Write README.md beside the adapter: what it is, where to load it, with which shift and steps."""
     variant = config.model_variant
-    tag = dataset.info.settings.get("custom_tag", "")
+    tags = ", ".join(f"`{tag}`" for tag in dataset.info.settings["custom_tags"])
     files = sorted(path.name for path in folder.iterdir())
     is_lora = "adapter_config.json" in files
-    trigger = [f"- Trigger word: put `{tag}` into the prompt."] if tag else []
+    trigger = [f"- Trigger word: put {tags} into the prompt."] if tags else []
     if is_lora:
         where = [
             "- ACE-Step: load this folder (the one that holds `adapter_config.json`) as a LoRA.",

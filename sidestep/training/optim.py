@@ -47,6 +47,7 @@ class AdamWConfig(OptimConfig):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of the running mean and of the running mean square of the gradient."""
     eps: float = 1e-8
+    """Added to the root of the mean square, so that small gradients do not make large steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -122,7 +122,7 @@ class Run:
             "dataset": self.dataset.fingerprint(),
             "checkpoint": self.checkpoint.fingerprint("transformer"),
         }
-        return json.loads(json.dumps(settings))  # type: ignore[no-any-return]  # enums become plain values
+        return json.loads(json.dumps(settings))  # enums become plain values
 
     def find_start(self) -> TrainingState | None:
         """Read the checkpoint to continue from, or None to start at step 0.
@@ -151,8 +151,8 @@ class Run:
         check_same_settings(state.settings, self.training_settings(), folder)
         if state.step > self.num_steps:
             raise UserError(
-                f"{folder} is at step {state.step}, past the {self.num_steps} steps of max_epochs={config.max_epochs} and "
-                f"max_steps={config.max_steps}; raise them, or go back with resume_from=<an earlier checkpoint>"
+                f"{folder} is at step {state.step}, past the {self.num_steps} steps of max_epochs={config.max_epochs} "
+                f"and max_steps={config.max_steps}; raise them, or go back with resume_from=<an earlier checkpoint>"
             )
         if config.schedule.depends_on_length and state.num_steps != self.num_steps:
             log.warning(
@@ -182,7 +182,8 @@ class Run:
             self.device,
         )
         record = self.record
-        record.status, record.started, record.num_steps = "running", now(), self.num_steps
+        record.status, record.started = "running", now()
+        record.step, record.num_steps = first_step, self.num_steps
         record.write()
 
     def save_checkpoint(self, step: int, smoothed_loss: float, adapter: Adapter, optimizer: Any, scaler: Any) -> None:
@@ -218,12 +219,13 @@ class Run:
         record.status, record.finished = "finished", now()
         record.step, record.smoothed_loss, record.error = self.num_steps, smoothed_loss, ""
         record.write()
-        log.info("finished at step %d, smoothed loss %.4f; the adapter is in %s", self.num_steps, smoothed_loss, final)
+        log.info("finished at step %d, smoothed loss %.4f", self.num_steps, smoothed_loss)
+        log.info("the adapter is in %s; next: see %s for where to load it", final, final / "README.md")
 
     def fail(self, error: BaseException) -> None:
-        """Write down why the run stopped."""
-        self.record.status, self.record.error = "failed", f"{type(error).__name__}: {error}"
-        if self.output_dir.is_dir():
+        """Write down why the run stopped, if it had begun; a refused command leaves the folder as it was."""
+        if self.record.status == "running":
+            self.record.status, self.record.error = "failed", f"{type(error).__name__}: {error}"
             self.record.write()
 
     def metadata(self, step: int) -> dict[str, str]:
@@ -234,7 +236,7 @@ class Run:
             "shift": config.shift,
             "num_inference_steps": config.num_inference_steps,
             "guidance_scale": variant.guidance_scale,
-            "custom_tag": self.dataset.info.settings.get("custom_tag", ""),
+            "custom_tags": self.dataset.info.settings["custom_tags"],
             "checkpoint": self.checkpoint.fingerprint("transformer"),
             "dataset": self.dataset.fingerprint(),
             "step": step,

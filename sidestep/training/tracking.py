@@ -80,8 +80,8 @@ class RunRecord:
     """``run.json``: what a run is and how far it came."""
 
     path: Path
-    status: str = "running"
-    """running, finished or failed."""
+    status: str = ""
+    """running, finished or failed; empty until training begins."""
     step: int = 0
     num_steps: int = 0
     smoothed_loss: float | None = None

@@ -1,0 +1,35 @@
+# make demo   songs, dataset and a trained adapter at toy size, with nothing to download but packages
+# make test   the whole test suite
+# make lint   formatting, lint and types
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# two toy models at once suit two cores; PyTorch's own threads would only get in each other's way
+TEST_WORKERS ?= 2
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/installed
+	$(RUN) -m sidestep.train experiment=demo
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not slow and not gpu"
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# constraints.txt pins the versions that were tested; torch first, so that nothing else decides its version
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

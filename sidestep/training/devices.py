@@ -1,1 +1,0 @@
-from sidestep.devices import *  # temporary: moved to sidestep/devices.py

@@ -1,0 +1,94 @@
+"""Imports go only downward."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "sidestep"
+
+# from the ground up; a module may import from its own line and those above it
+LAYERS = [
+    ["", "errors", "files", "seeds", "devices", "config.schema", "config"],
+    [
+        "acestep.keymap",
+        "acestep.variants",
+        "training.flow",
+        "training.optim",
+        "training.schedules",
+        "acestep",
+        "training",
+    ],
+    ["adapters"],
+    ["config.settings"],
+    ["config.naming", "config.gate", "config.help"],
+    ["acestep.*", "data.manifest", "data.audio", "data.songs", "data.sampler", "data.dataset", "data.loader", "data"],
+    ["training.state", "training.tracking"],
+    ["data.encode", "training.final", "training.run", "training.metrics", "training.loop"],
+    ["demo", "cli"],
+    ["train", "preprocess"],
+]
+
+
+def layer_of(module: str) -> int:
+    for pattern in (module, *[f"{module.rpartition('.')[0]}.*"], module.partition(".")[0]):
+        for level, names in enumerate(LAYERS):
+            if pattern in names:
+                return level
+    raise AssertionError(f"sidestep.{module} is in no layer of {__file__}")
+
+
+def imports_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+            if node.module in ("sidestep", "sidestep.adapters", "sidestep.training"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name.islower()}
+    return {name.removeprefix("sidestep").lstrip(".") for name in found if name.partition(".")[0] == "sidestep"}
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_layer_and_below(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    for imported in imports_of(path):
+        if (
+            not (PACKAGE / imported.replace(".", "/")).is_dir()
+            and not (PACKAGE / f"{imported.replace('.', '/')}.py").is_file()
+        ):
+            continue  # a name, not a module
+        assert layer_of(imported) <= layer_of(module), f"sidestep.{module} must not import sidestep.{imported}"
+
+
+def test_no_module_is_imported_in_a_circle():
+    graph = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): imports_of(path)
+        for path in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module not in done:
+            for imported in graph.get(module, set()) - {module}:  # a package imports its own modules
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())

@@ -1,0 +1,220 @@
+"""What is typed on the command line: accepted, or answered in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sidestep.config.gate import conf_dir, read_profiles
+from sidestep.config.help import field_docs
+from sidestep.config.naming import run_name
+from sidestep.config.settings import PreprocessConfig, TrainConfig, VramConfig
+from sidestep.errors import UserError
+from sidestep.training.schedules import Constant, Cosine, Linear
+from tests.factories import preprocess_config, train_config
+
+GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objective", "vram_profile"]
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
+
+MISTAKES = {
+    "adapter=lorra": "adapter=lorra is not an option; did you mean lora?; the options are lokr, lora",
+    "adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
+    "+adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
+    "++adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
+    "adapter.factor=8": "adapter.factor is a setting of adapter=lokr only",
+    "+adapter.factor=8": "adapter.factor is a setting of adapter=lokr only",
+    "timesteps=turbo timesteps.mean=1": "is a setting of timesteps=acestep and timesteps=logit_normal only",
+    "adaptr=lora": "adaptr is not a setting; did you mean adapter?",
+    "adaptr.rank=8": "adaptr.rank is not a setting; did you mean adapter.rank?",
+    "max_epoch=3": "max_epoch is not a setting; did you mean max_epochs?",
+    "+max_epoch=3": "max_epoch is not a setting; did you mean max_epochs?",
+    "+nothing_like_it=3": "nothing_like_it is not a setting",
+    "adapter.rank=abc": "adapter.rank=abc: Value 'abc' of type 'str' could not be converted to Integer",
+    "adapter.rank=1.5": "adapter.rank=1.5: Value '1.5' of type 'float' could not be converted to Integer",
+    "max_steps=true": "max_steps=true: Value 'True' of type 'bool' could not be converted to Integer",
+    "precision=fp17": "precision=fp17: Invalid value 'fp17', expected one of [auto, fp32, bf16, fp16]",
+    "adapter.rank=0": "adapter.rank=0 must be at least 1",
+    "adapter.alpha=-1": "adapter.alpha=-1.0 must be above 0",
+    "adapter.dropout=1": "adapter.dropout=1.0",
+    "adapter.target_modules=[]": "adapter.target_modules is empty",
+    "optim.lr=0": "optim.lr=0.0 must be above 0",
+    "optim.lr=nan": "optim.lr=nan must be above 0",
+    "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
+    "schedule.warmup_steps=-1": "schedule.warmup_steps=-1 must not be negative",
+    "timesteps.std=0": "timesteps.std=0.0 must be above 0",
+    "vram_profile.batch_size=0": "vram_profile.batch_size=0 must be at least 1",
+    "max_epochs=0": "max_epochs=0 must be at least 1",
+    "max_epochs=null": "max_epochs and max_steps are both null",
+    "max_seconds=0": "max_seconds=0.0 must be above 0",
+    "condition_dropout=1": "condition_dropout=1.0 must be at least 0 and below 1",
+    "seed=-1": "seed=-1 must not be negative",
+    "device=cpu precision=fp16": "precision=fp16 needs a GPU",
+    "resume=never resume_from=x": "resume=never contradicts resume_from=x",
+    "name=a/b": "name='a/b' must be a plain folder name",
+    "name=..": "name='..' must be a plain folder name",
+    "name=": "name is empty",
+    "dataset_dir=": "dataset_dir is empty",
+    "dataset_dir=a,b": "dataset_dir=a,b is several values; add -m to sweep over them",
+    "dataset_dir=a=b": "cannot read dataset_dir=a=b",
+    "experiment=nope": "experiment=nope is not an option",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_by_name(typed):
+    with pytest.raises(UserError) as raised:
+        train_config(*typed.split())
+    assert MISTAKES[typed] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("audio_dr=songs", "audio_dr is not a setting; did you mean audio_dir?"),
+        ("audio_dir=a dataset_dir=b genre_ratio=101", "genre_ratio=101 is a percentage, from 0 to 100"),
+        ("audio_dir=a dataset_dir=b tag_position=before", "expected one of [prepend, append, replace]"),
+        ("audio_dir=a dataset_dir=b tile_seconds=3", "tile_seconds=3.0 must be at least 5"),
+        ("dataset_dir=b", "audio_dir must be set, for example audio_dir=songs"),
+    ],
+)
+def test_a_mistake_of_preprocessing_is_answered_by_name(typed, answer):
+    with pytest.raises(UserError, match=r".") as raised:
+        preprocess_config(*typed.split())
+    assert answer in str(raised.value)
+
+
+def test_a_missing_dataset_names_the_command_that_makes_one():
+    with pytest.raises(UserError, match=r"dataset_dir must be set, .*python -m sidestep\.preprocess"):
+        train_config("dataset_dir=???")
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_composes_to_a_class_of_its_own_group(group, name):
+    config = train_config(f"{group}={name}")
+    declared = TrainConfig.__dataclass_fields__[group].type
+    assert type(getattr(config, group)).__mro__[-2].__name__ != "object"
+    assert str(declared) in [cls.__name__ for cls in type(getattr(config, group)).__mro__]
+
+
+def test_reading_settings_does_not_import_torch():
+    code = "import sys, sidestep.cli, sidestep.config.settings; sys.exit(bool({'torch', 'peft'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("typed", ["adapter=lorra", "+adapter.rnk=8", "adapter.rank=0 dataset_dir=x", "--nonsense"])
+def test_the_command_answers_a_mistake_in_one_line_at_once_and_writes_nothing(tmp_path, typed):
+    started = time.monotonic()
+    command = [sys.executable, "-m", "sidestep.train", *typed.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert time.monotonic() - started < 5  # 0.4 s on an idle machine; the tests share two cores
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_learning_rate_is_the_adapters_own():
+    defaults = [train_config(f"adapter={name}", "optim.lr=${adapter.default_lr}") for name in ("lora", "lokr")]
+    assert [config.optim.lr for config in defaults] == [config.adapter.default_lr for config in defaults]
+    assert defaults[0].optim.lr != defaults[1].optim.lr
+
+
+def test_turbo_and_base_are_written_with_their_own_shift_and_steps():
+    turbo, base = train_config("model_variant=turbo"), train_config("model_variant=base")
+    assert (turbo.shift, turbo.num_inference_steps, turbo.condition_dropout) == (3.0, 8, 0.0)
+    assert (base.shift, base.num_inference_steps, base.condition_dropout) == (1.0, 50, 0.15)
+
+
+@pytest.mark.parametrize(("gib", "seconds"), [(4, 120), (7.6, 120), (11.9, 240), (16, 300), (23.6, 120), (80, 240)])
+def test_the_automatic_profile_is_the_largest_that_fits(gib, seconds):
+    memory = VramConfig().resolve(read_profiles(), gib)
+    assert memory.max_seconds == seconds
+    assert memory.gradient_checkpointing == (gib < 20)
+
+
+def test_a_typed_value_wins_over_the_automatic_profile():
+    assert VramConfig(batch_size=3).resolve(read_profiles(), 8.0).batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ([], "lora-turbo"),
+        (["adapter=lokr", "model_variant=base", "dataset_dir=x"], "lora-turbo"),
+        (["optim.lr=0.0003", "adapter.rank=32"], "lora-turbo-rank32-lr0.0003"),
+        (["timesteps=uniform", "seed=3"], "lora-turbo-seed3-uniform"),
+        (["experiment=jazz"], "lora-turbo-jazz"),
+        (["experiment=first"], "lora-turbo"),
+        (["adapter.target_modules=[q_proj,v_proj]"], "lora-turbo-target_modules-q_proj-v_proj"),
+    ],
+)
+def test_a_run_is_named_after_what_was_typed_for_it(typed, name):
+    assert run_name("lora", "turbo", typed, "first") == name
+
+
+def test_run_names_ignore_order_and_spelling_and_stay_short():
+    names = {
+        run_name("lora", "base", overrides, "x")
+        for overrides in (["optim.lr=1e-4", "seed=1"], ["seed=1", "+optim.lr=0.0001"], ["seed=1", "optim.lr=0.00010"])
+    }
+    assert names == {"lora-base-lr0.0001-seed1"} or names == {"lora-base-seed1-lr0.0001"}
+    modules = f"adapter.target_modules=[{','.join(f'layers.{i}.mlp.up_proj' for i in range(24))}]"
+    long = run_name("lora", "base", [modules], "x")
+    assert len(long) <= 64
+    assert long != run_name("lora", "base", [modules.replace("up", "down")], "x")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Constant(warmup_steps=4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        (Linear(warmup_steps=2, final_factor=0.0), [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        (Cosine(warmup_steps=0, final_factor=0.0), [1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+    ],
+)
+def test_schedules_have_the_documented_shape(schedule, expected):
+    assert [schedule.factor(step, 8) for step in range(8)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("command", ["train", "preprocess"])
+def test_help_shows_every_group_with_its_options_and_documents_what_matters(command):
+    page = subprocess.run(
+        [sys.executable, "-m", f"sidestep.{command}", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    defaults = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text(encoding="utf-8"))["defaults"]
+    groups = {key: value for entry in defaults if isinstance(entry, dict) for key, value in entry.items()}
+    for group in groups:
+        if (conf_dir() / group).is_dir():
+            assert f"\n  {group}\n" in page
+            for path in (conf_dir() / group).glob("*.yaml"):
+                assert f" {path.stem} " in page
+    assert page.count(f"\n  python -m sidestep.{command} ") == 4
+    lines = page.splitlines()
+    settings = lines.index("Settings that matter")
+    described = [
+        lines[i + 1].strip()
+        for i in range(settings, lines.index("Examples"))
+        if lines[i].startswith("  ") and not lines[i].startswith("   ")
+    ]
+    assert len(described) == 10
+    assert all(described)
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    "cls", [TrainConfig, PreprocessConfig, *[type(getattr(train_config(f"{g}={n}"), g)) for g, n in OPTIONS]]
+)
+def test_every_setting_is_explained(cls):
+    assert field_docs(cls).keys() >= cls.__dataclass_fields__.keys()
+
+
+def test_conf_has_no_unused_folder():
+    used = {*GROUPS, "experiment", "hydra", "local"}
+    assert {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} <= used
