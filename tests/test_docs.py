@@ -1,0 +1,43 @@
+"""The README and docs/ name only what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.factories import preprocess_config, train_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {
+        (page.name, match.group(1), match.group(2).split("#")[0].strip())
+        for page in PAGES
+        for match in re.finditer(
+            r"python -m sidestep\.(\w+) ((?:(?!`| name a)[^\n`])*)", page.read_text(encoding="utf-8")
+        )
+    }
+)
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize(("page", "command", "arguments"), COMMANDS)
+def test_every_command_in_the_docs_is_accepted(page, command, arguments):
+    words = [word for word in arguments.split() if word not in ("-m", "...", "--help", "--cfg", "job")]
+    if any("," in word and "[" not in word for word in words):
+        words = [re.sub(r",[^,]*$", "", word) for word in words]  # the first point of a sweep
+    compose = {"train": train_config, "preprocess": preprocess_config}[command]
+    required = ["audio_dir=songs", "dataset_dir=data"] if command == "preprocess" else []
+    compose(*required, *words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
