@@ -20,6 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sidestep.acestep.variants import VariantConfig
 from sidestep.config.settings import VramConfig
 from sidestep.errors import UserError
 
@@ -105,12 +106,29 @@ def read_profiles() -> list[VramConfig]:
     """Every VRAM profile of conf/ that names a memory size, for ``vram_profile=auto`` to choose from."""
     profiles = []
     for path in sorted((conf_dir() / "vram_profile").glob("*.yaml")):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        values.pop("defaults", None)
-        profile = VramConfig(**values)
+        profile = VramConfig(**_values(path))
         if profile.memory_gib is not None:
             profiles.append(profile)
     return profiles
+
+
+def read_variant(name: str) -> VariantConfig:
+    """Read the model variant that an adapter's metadata names.
+
+    Raises:
+        UserError: if there is no such variant.
+    """
+    path = conf_dir() / "model_variant" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(option.stem for option in path.parent.glob("*.yaml")))
+        raise UserError(f"model_variant {name!r} is not known; choose one: {known}")
+    return VariantConfig(**_values(path))
+
+
+def _values(path: Path) -> dict[str, Any]:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.pop("defaults", None)
+    return cast(dict[str, Any], values)
 
 
 def _unknown_key(key: str, command: str, overrides: Sequence[str]) -> str:

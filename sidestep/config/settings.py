@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -145,6 +146,8 @@ class TrainConfig:
     """Write checkpoints/step_N this often; null never."""
     resume: Resume = Resume.auto
     """auto continues this run's newest checkpoint; never refuses to touch a run that has one."""
+    init_from: str | None = None
+    """Adapter of sidestep, ACE-Step or Side-Step whose weights a new run starts from."""
     resume_from: str | None = None
     """Checkpoint folder, or a file in it, to start from instead of this run's own newest."""
     device: Device = Device.auto
@@ -229,6 +232,129 @@ class PreprocessConfig:
             raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
         one_line(self, "custom_tag", "language", "audio_dir", "dataset_dir", "checkpoint_dir")
         filled(self, "language", "audio_dir", "dataset_dir", "checkpoint_dir")
+
+
+class AudioFormat(StrEnum):
+    flac = "flac"
+    wav = "wav"
+
+
+@root("generate_schema")
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """Text to music, with any number of adapters."""
+
+    model_variant: VariantConfig | None = None
+    """Which model to play; the one the first adapter was trained on unless chosen."""
+
+    prompt: str = MISSING
+    """What the music should be, or @file to read it from a text file."""
+    lyrics: str = ""
+    """Lyrics, or @file; empty is an instrumental."""
+    adapter_dir: Any = None
+    """Adapter folder or file, or a list of them: [first/final,second/final]."""
+    scale: Any = 1.0
+    """Strength of the adapter, or one per adapter: [1.0,0.5]; 0 is exactly the base model."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints."""
+    seconds: float = MISSING
+    """Length of the music."""
+    bpm: int | None = None
+    """Beats per minute; null leaves it to the model."""
+    keyscale: str = ""
+    """Key, as in C major; empty leaves it to the model."""
+    timesignature: str = ""
+    """Beats per bar, as in 4; empty leaves it to the model."""
+    language: str = MISSING
+    """Language of the lyrics."""
+    seeds: list[int] = MISSING
+    """One piece of music per seed."""
+    shift: float | None = None
+    """Warp of time; null takes the adapter's, or the model's own."""
+    num_inference_steps: int | None = None
+    """Sampling steps; null takes the adapter's, or the model's own."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; null takes the adapter's, or the model's own."""
+    output_dir: str = MISSING
+    """Folder to write the music into."""
+    format: AudioFormat = AudioFormat.flac
+    """flac or wav."""
+    tile_seconds: float = MISSING
+    """Length of music that the VAE decodes at once; memory grows with it, the result does not change."""
+    offload: bool | None = None
+    """Keep on the GPU only the model that is at work; null does so on cards below 16 GB."""
+    device: Device = Device.auto
+    """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
+    precision: Precision = Precision.auto
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "seconds", "shift", "guidance_scale")
+        at_least(1, self, "num_inference_steps", "bpm")
+        filled(self, "prompt", "checkpoint_dir", "output_dir", "language")
+        if not self.seeds:
+            raise UserError("seeds is empty; type at least one, as in seeds=[0]")
+        if any(seed < 0 for seed in self.seeds):
+            raise UserError(f"seeds={self.seeds} must not be negative")
+        if self.tile_seconds < 5:
+            raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
+
+
+class ExportFormat(StrEnum):
+    lora = "lora"
+    comfyui = "comfyui"
+    diffusers = "diffusers"
+    merged = "merged"
+
+
+@root("export_schema")
+@dataclass(kw_only=True)
+class ExportConfig:
+    """An adapter in another form."""
+
+    model_variant: VariantConfig | None = None
+    """Which base model, where one is needed; the one the adapter was trained on unless chosen."""
+
+    adapter_dir: str = MISSING
+    """Adapter folder or file."""
+    format: ExportFormat = MISSING
+    """lora, comfyui, diffusers, or merged: the whole base checkpoint with the adapter in it."""
+    output_dir: str | None = None
+    """Folder to write; null is <adapter_dir>-<format> beside the adapter."""
+    scale: float = 1.0
+    """Strength at which the adapter is written."""
+    rank: int | None = None
+    """Rank of the LoRA that another family is converted to; null takes the smallest that keeps max_error."""
+    max_error: float = MISSING
+    """Largest relative error per layer of a conversion to LoRA, where rank is null."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints, for format=merged and for adapters that depend on the weights."""
+    device: Device = Device.auto
+    """Where the arithmetic is done: auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        filled(self, "adapter_dir", "checkpoint_dir")
+        at_least(1, self, "rank")
+        if not 0 < self.max_error < 1:
+            raise UserError(f"max_error={self.max_error} must be above 0 and below 1")
+
+
+@root("inspect_schema")
+@dataclass(kw_only=True)
+class InspectConfig:
+    """What an adapter is."""
+
+    adapter_dir: str = MISSING
+    """Adapter folder or file, of sidestep, ACE-Step or Side-Step."""
+    plot: str | None = None
+    """PNG file to draw the size of each layer's change into; null is inspect.png beside the adapter's weights."""
+    model_variant: VariantConfig | None = None
+    """Which base model to compare with; the one the adapter was trained on unless chosen."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints; used, if the checkpoint is there, for sizes relative to the base."""
+
+    def __post_init__(self) -> None:
+        filled(self, "adapter_dir", "checkpoint_dir")
 
 
 def at_least(least: int, config: object, *keys: str) -> None:

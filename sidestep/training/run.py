@@ -43,7 +43,7 @@ from sidestep.training.tracking import RunRecord, now, versions
 
 log = logging.getLogger(__name__)
 
-PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "resume_from")
+PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "init_from", "resume_from")
 """Settings that say where things lie on this machine; not written into adapters."""
 
 
