@@ -4,7 +4,7 @@ Each family is one module with its settings and its weights. They are imported h
 add a family by adding its module to this line and a YAML to ``conf/adapter``.
 """
 
-from sidestep.adapters import lokr, lora
-from sidestep.adapters.base import Adapter, AdapterConfig
+from sidestep.adapters import loha, lokr, lora, oft
+from sidestep.adapters.base import Adapter, AdapterConfig, SavedAdapter
 
-__all__ = ["Adapter", "AdapterConfig", "lokr", "lora"]
+__all__ = ["Adapter", "AdapterConfig", "SavedAdapter", "loha", "lokr", "lora", "oft"]

@@ -11,10 +11,11 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from sidestep.acestep.keymap import to_original
 from sidestep.errors import UserError
@@ -23,15 +24,27 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+T = TypeVar("T")
+
+CARRIERS = ("peft_config", "lycoris", "oft", "applied")
+"""Attributes by which a transformer, or a layer of it, shows that it carries an adapter."""
+
+
 class Adapter(ABC):
     """Weights attached to a frozen transformer. All of them are float32, whatever the transformer's dtype is."""
 
+    config: AdapterConfig
+    """The settings it was made with."""
     notes: Sequence[str] = ()
     """One sentence for each setting that has no effect on this transformer."""
 
     @abstractmethod
     def weights(self) -> dict[str, dict[str, nn.Parameter]]:
         """Return the parameters of each wrapped module: original path -> leaf name -> parameter, in module order."""
+
+    @abstractmethod
+    def scale_of(self, path: str) -> float:
+        """Return what the change to the module at an original path is multiplied by."""
 
     @abstractmethod
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
@@ -77,6 +90,40 @@ class Adapter(ABC):
         for key, tensor in state.items():
             own[key].copy_(tensor)
 
+    def baked(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights of each module with its scale multiplied in, so that the family's formula needs none."""
+        baked = {path: {leaf: p.detach() for leaf, p in leaves.items()} for path, leaves in self.weights().items()}
+        for path, leaves in baked.items():
+            leaf = self.config.folded(leaves)
+            leaves[leaf] = leaves[leaf] * self.scale_of(path)
+        return baked
+
+    def start_from(self, saved: SavedAdapter) -> None:
+        """Copy a saved adapter's weights, so that this one gives the same output. Modules it does not have keep theirs.
+
+        Raises:
+            UserError: if its family, modules or sizes are not this adapter's, with the setting that makes them so.
+        """
+        saved.require_family(self.config)
+        own, state = self.weights(), self.state_dict()
+        if strange := [path for path in saved.paths if path not in own]:
+            targets = ",".join(sorted({path.rpartition(".")[2] for path in saved.paths}))
+            attention = "" if self.config.attention is Attention.both else " adapter.attention=both"
+            raise UserError(
+                f"{saved.path} has {strange[0]}, which this run does not train; "
+                f"type adapter.target_modules=[{targets}]{attention}"
+            )
+        for path, leaves in saved.modules.items():
+            shapes = {leaf: tensor.shape for leaf, tensor in leaves.items()}
+            if shapes != {leaf: parameter.shape for leaf, parameter in own[path].items()}:
+                raise UserError(
+                    f"{saved.path} has {path} of other sizes than this run; {saved.settings_to_type(self.config)}"
+                )
+            state.update({f"{path}.{leaf}": tensor for leaf, tensor in leaves.items()})
+            folded = self.config.folded(leaves)
+            state[f"{path}.{folded}"] = leaves[folded] / self.scale_of(path)
+        self.load_state_dict(state, str(saved.path))
+
     def parameter_counts(self) -> dict[str, int]:
         """Count the parameters of each kind of module, for example ``{"self_attn.q_proj": 1_572_864}``."""
         counts: Counter[str] = Counter()
@@ -85,58 +132,201 @@ class Adapter(ABC):
         return dict(counts)
 
 
+class Attention(StrEnum):
+    """Names equal values, because OmegaConf matches an enum by name."""
+
+    both = "both"
+    self = "self"
+    cross = "cross"
+
+
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Settings every family understands, so a sweep over ``adapter=lora,lokr`` can also sweep these."""
+    """Settings every family understands, so a sweep over ``adapter=lora,oft`` can also sweep these."""
+
+    family: ClassVar[str] = ""
+    """The option of the group ``adapter``."""
+    shaped_by: ClassVar[tuple[str, ...]] = ()
+    """Settings that decide the sizes of the weights."""
+    leaf_sets: ClassVar[tuple[frozenset[str], ...]] = ()
+    """What the weights of one module are called, in each of the forms they come in."""
+    folded_into: ClassVar[tuple[str, ...]] = ()
+    """The leaf that a module's scale is multiplied into: the first of these that it has."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """ACE-Step's names of the linear layers to train, or endings of them: ``cross_attn.q_proj``, ``up_proj``."""
+    attention: Attention = Attention.both
+    """Which attention to train: self, cross or both. Targets outside of attention stay."""
+    default_lr: float
+    """Learning rate where ``optim.lr`` is not set."""
+
+    def __post_init__(self) -> None:
+        if not self.target_modules:
+            raise UserError("adapter.target_modules is empty; name at least one, for example [q_proj,v_proj]")
+        if not self.default_lr > 0:
+            raise UserError(f"adapter.default_lr={self.default_lr} must be above 0")
+
+    def attach(self, transformer: nn.Module) -> Adapter:
+        """Freeze the transformer and put weights on it that leave its output as it was.
+
+        Args:
+            transformer: an ``AceStepTransformer1DModel`` of any dtype, on any device; its own weights are not changed.
+
+        Raises:
+            UserError: if the transformer already carries an adapter, or a target matches nothing.
+        """
+        refuse_second(transformer)
+        paths = resolve_targets(transformer, self.target_modules, self.attention)
+        transformer.requires_grad_(False)
+        return self.wrap(transformer, paths)
+
+    def wrap(self, transformer: nn.Module, paths: Sequence[str]) -> Adapter:
+        """Put this family's weights on the modules at ``paths`` (diffusers') of a frozen transformer."""
+        raise UserError("no adapter is chosen; use adapter=lora or adapter=lokr")
+
+    def change(self, leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """Compute what the adapter adds to a weight: the family's formula.
+
+        Args:
+            leaves: baked float32 weights of one module, on the device of ``weight``.
+            weight: the base model's, (out, in), or (out, in, kernel) of a Conv1d; float32.
+
+        Returns:
+            The change, in the shape of ``weight``.
+        """
+        raise NotImplementedError
+
+    def sides(self, leaves: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+        """Return the two sides of the weight, (out, in), that a module's leaves are for; None where any would do."""
+        raise NotImplementedError
+
+    def folded(self, leaves: Mapping[str, object]) -> str:
+        """Name the leaf of a module that its scale is multiplied into."""
+        return next(leaf for leaf in self.folded_into if leaf in leaves)
+
+    def players(self) -> list[str]:
+        """Say which programs read the saved files, one line of Markdown each."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class LowRankConfig(AdapterConfig):
+    """Settings of the families that add a product of thin matrices."""
 
     rank: int
     """Inner width of the low-rank product."""
     alpha: float | None = None
     """The change to the weight is multiplied by alpha / rank; null means alpha = rank, which is 1."""
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    """ACE-Step's names of the linear layers to train, or endings of them: ``cross_attn.q_proj``, ``up_proj``."""
-    default_lr: float
-    """Learning rate where ``optim.lr`` is not set."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise UserError(f"adapter.rank={self.rank} must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
             raise UserError(f"adapter.alpha={self.alpha} must be above 0, or null to be the same as adapter.rank")
-        if not self.target_modules:
-            raise UserError("adapter.target_modules is empty; name at least one, for example [q_proj,v_proj]")
-        if not self.default_lr > 0:
-            raise UserError(f"adapter.default_lr={self.default_lr} must be above 0")
 
     @property
     def scale(self) -> float:
         """What the change to a weight is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def attach(self, transformer: nn.Module, paths: Sequence[str] | None = None) -> Adapter:
-        """Freeze the transformer and put weights on it that leave its output as it was.
+
+@dataclass(kw_only=True)
+class SavedAdapter:
+    """An adapter read from disk, not put on a transformer."""
+
+    path: Path
+    """The file with the weights."""
+    config: AdapterConfig
+    """The family and the settings it was made with, as far as the file tells them."""
+    modules: dict[str, dict[str, Tensor]]
+    """Original path of each module -> leaf -> tensor, float32, with the scale multiplied in."""
+    scales: dict[str, float]
+    """Original path of each module -> the scale that was multiplied in."""
+    metadata: dict[str, str]
+    """The header of the weights file."""
+
+    @property
+    def family(self) -> str:
+        """The option of the group ``adapter`` that trains such adapters."""
+        return self.config.family
+
+    @property
+    def paths(self) -> list[str]:
+        """Original paths of the modules it changes."""
+        return list(self.modules)
+
+    def require_family(self, config: AdapterConfig) -> None:
+        """Refuse to start a run of another family from this adapter."""
+        if self.family != config.family:
+            raise UserError(
+                f"{self.path} is a {self.family} adapter, and this run trains {config.family}; "
+                f"type adapter={self.family}"
+            )
+
+    def settings_to_type(self, config: AdapterConfig) -> str:
+        """Say how to type the settings that give a run this adapter's sizes, where ``config`` has others."""
+        typed = []
+        for key in config.shaped_by:
+            wanted, has = getattr(self.config, key), getattr(config, key)
+            if wanted != has:
+                text = ",".join(f"{k}:{v}" for k, v in wanted.items()) if isinstance(wanted, dict) else None
+                typed.append(f"'adapter.{key}={{{text}}}'" if text is not None else f"adapter.{key}={wanted}".lower())
+        return f"type {' '.join(typed)}" if typed else "it belongs to another model_variant"
+
+    def change(self, original_path: str, weight: Tensor) -> Tensor:
+        """Compute what the adapter adds to a weight at full strength.
 
         Args:
-            transformer: an ``AceStepTransformer1DModel`` of any dtype, on any device; its own weights are not changed.
-            paths: diffusers paths of exactly the modules to wrap, where a saved adapter names them. Otherwise
-                those that ``target_modules`` match.
+            original_path: one of ``paths``.
+            weight: the base model's weight, (out, in), or (out, in, kernel) of a Conv1d; any dtype and device.
+
+        Returns:
+            The change in float32, in the shape and on the device of ``weight``.
 
         Raises:
-            UserError: if the transformer already carries an adapter, or a target matches nothing.
+            UserError: if the adapter was made for a weight of another size.
         """
-        if hasattr(transformer, "peft_config") or hasattr(transformer, "lycoris"):
-            raise UserError("the transformer already carries an adapter; detach it before attaching another")
-        if paths is None:
-            paths = resolve_targets(transformer, self.target_modules)
-        transformer.requires_grad_(False)
-        return self.wrap(transformer, paths)
+        leaves = {leaf: tensor.to(weight.device) for leaf, tensor in self.modules[original_path].items()}
+        needed = (weight.shape[0], weight[0].numel())
+        found = tuple(side or own for side, own in zip(self.config.sides(leaves), needed, strict=True))
+        if found != needed:
+            raise UserError(
+                f"{self.path} has {original_path} of size {found[0]}x{found[1]} where {needed[0]}x{needed[1]} is "
+                f"needed; it belongs to another model_variant"
+            )
+        try:
+            return self.config.change(leaves, weight.detach().float())
+        except RuntimeError as error:
+            sizes = ", ".join(f"{leaf} {size(tensor)}" for leaf, tensor in leaves.items())
+            raise UserError(f"{self.path} has tensors for {original_path} that do not fit together: {sizes}") from error
 
-    def wrap(self, transformer: nn.Module, paths: Sequence[str]) -> Adapter:
-        """Put this family's weights on the modules at ``paths`` of a frozen transformer."""
-        raise UserError("no adapter is chosen; use adapter=lora or adapter=lokr")
+    def merged_weight(self, original_path: str, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Compute the weight that gives what the base model gives with this adapter.
+
+        Args:
+            original_path: one of ``paths``.
+            weight: the base model's weight, (out, in), or (out, in, kernel) of a Conv1d; any dtype and device.
+            scale: strength; 0 gives ``weight`` itself, 1 the adapter as it was trained.
+
+        Returns:
+            weight + scale * change, in float32.
+
+        Raises:
+            UserError: if the adapter was made for a weight of another size.
+        """
+        return weight.detach().float() + scale * self.change(original_path, weight)
 
 
-def resolve_targets(transformer: nn.Module, target_modules: Sequence[str]) -> list[str]:
+def refuse_second(transformer: nn.Module) -> None:
+    """Refuse a transformer that already carries an adapter, of any family, for training or for use."""
+    if any(hasattr(module, name) for module in transformer.modules() for name in CARRIERS):
+        raise UserError("the transformer already carries an adapter; detach it before attaching another")
+
+
+def resolve_targets(
+    transformer: nn.Module, target_modules: Sequence[str], attention: Attention = Attention.both
+) -> list[str]:
     """Find the linear layers inside the decoder's blocks whose original path is, or ends with, one of the targets.
 
     This is PEFT's rule for names, so ACE-Step finds the same modules from the same list.
@@ -156,21 +346,44 @@ def resolve_targets(transformer: nn.Module, target_modules: Sequence[str]) -> li
     }
     found: set[str] = set()
     for target in target_modules:
-        matches = {path for path in originals if f".{path}".endswith(f".{target}")}
+        matches = {path for path in originals if ends_with(path, target)}
         if not matches:
             raise UserError(
                 f"adapter.target_modules has {target!r}, which matches no linear layer of the transformer; "
-                f"did you mean {_nearest(target, originals)}?"
+                f"did you mean {nearest(target, originals)}?"
             )
-        found |= matches
+        allowed = {path for path in matches if attention is Attention.both or f".{_OTHER[attention]}_attn." not in path}
+        if not allowed:
+            raise UserError(
+                f"adapter.target_modules has {target!r}, which adapter.attention={attention} leaves out; "
+                f"remove one of them"
+            )
+        found |= allowed
     return [path for original, path in originals.items() if original in found]
 
 
-def _nearest(target: str, paths: Mapping[str, str]) -> str:
+_OTHER = {Attention.self: Attention.cross, Attention.cross: Attention.self}
+
+
+def ends_with(original_path: str, ending: str) -> bool:
+    """Whether a path is, or ends in, some whole names: ``layers.0.self_attn.q_proj`` in ``self_attn.q_proj``."""
+    return f".{original_path}".endswith(f".{ending}")
+
+
+def nearest(target: str, paths: Iterable[str]) -> str:
+    """Name the ending of a path that is spelt most like ``target``."""
     parts = [path.split(".") for path in paths]
     endings = sorted({".".join(part[-n:]) for part in parts for n in range(1, len(part) + 1)})
     # the diffusers names are spelt nothing like ACE-Step's, so translate before comparing
     return difflib.get_close_matches(to_original(target), endings, n=1, cutoff=0.0)[0]
+
+
+def by_kind(values: Mapping[str, T]) -> dict[str, T]:
+    """Shorten a mapping of original paths: one entry for a kind of module where all of that kind have one value."""
+    kinds: dict[str, set[T]] = {}
+    for path, value in values.items():
+        kinds.setdefault(module_kind(path), set()).add(value)
+    return {(module_kind(path) if len(kinds[module_kind(path)]) == 1 else path): v for path, v in values.items()}
 
 
 def module_kind(original_path: str) -> str:

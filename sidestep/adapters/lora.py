@@ -1,21 +1,22 @@
-"""LoRA, through PEFT."""
+"""LoRA and DoRA, through PEFT, and the folder that PEFT adapters are saved in."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidestep.acestep.keymap import to_original
-from sidestep.adapters.base import Adapter, AdapterConfig
+from sidestep.adapters.base import Adapter, AdapterConfig, Attention, LowRankConfig, by_kind, ends_with, nearest
 from sidestep.config.schema import option
 from sidestep.errors import UserError
 from sidestep.files import replacing, write_text
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -25,11 +26,25 @@ KEY_PREFIX = "base_model.model."
 
 @option("adapter", "lora")
 @dataclass(kw_only=True)
-class LoraConfig(AdapterConfig):
+class LoraConfig(LowRankConfig):
     """W + (alpha / rank) * B A (Hu et al. 2021, arXiv:2106.09685)."""
+
+    family: ClassVar[str] = "lora"
+    shaped_by: ClassVar[tuple[str, ...]] = ("rank", "rank_pattern")
+    leaf_sets: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"lora_A.weight", "lora_B.weight"}),)
+    folded_into: ClassVar[tuple[str, ...]] = ("lora_B.weight",)
+    use_dora: ClassVar[bool] = False
+    """Whether the lengths of rows are trained too."""
 
     rank: int = 64
     default_lr: float = 1e-4
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732); with alpha null, by sqrt(rank)."""
+    # Any, because a typed dict cannot be overridden with keys that it does not have yet
+    rank_pattern: Any = None
+    """Other ranks for some modules, by name or ending: {q_proj:16}; the longest ending counts."""
+    alpha_pattern: Any = None
+    """Other alphas for some modules, likewise."""
     dropout: float = 0.0
     """Share of a module's inputs that the adapter does not see, in training only."""
 
@@ -37,74 +52,193 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout={self.dropout} must be at least 0 and below 1")
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, (int,))
+        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, (int, float))
+
+    def rank_of(self, original_path: str) -> int:
+        """Return the rank of one module."""
+        return int(_lookup(self.rank_pattern, original_path, self.rank))
+
+    def scale_of(self, original_path: str) -> float:
+        """Return what the change to one module's weight is multiplied by."""
+        rank = self.rank_of(original_path)
+        alpha = _lookup(self.alpha_pattern, original_path, rank if self.alpha is None else self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def wrap(self, transformer: nn.Module, paths: Sequence[str]) -> LoraAdapter:
         import peft
 
-        peft.inject_adapter_in_model(
-            peft.LoraConfig(
-                r=self.rank,
-                lora_alpha=self.scale * self.rank,
-                lora_dropout=self.dropout,
-                target_modules=list(paths),
-            ),
-            transformer,
+        originals = [to_original(path) for path in paths]
+        for setting in ("rank_pattern", "alpha_pattern"):
+            for ending in getattr(self, setting):
+                if not any(ends_with(path, ending) for path in originals):
+                    raise UserError(
+                        f"adapter.{setting} has {ending!r}, which is no trained module; "
+                        f"did you mean {nearest(ending, originals)}?"
+                    )
+        config = peft.LoraConfig(
+            r=self.rank,
+            rank_pattern={path: self.rank_of(to_original(path)) for path in paths} if self.rank_pattern else {},
+            lora_dropout=self.dropout,
+            use_dora=self.use_dora,
+            target_modules=list(paths),
         )
+        peft.inject_adapter_in_model(config, transformer)
         return LoraAdapter(transformer, paths, self)
+
+    def change(self, leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        product = leaves["lora_B.weight"].flatten(1) @ leaves["lora_A.weight"].flatten(1)
+        return product.reshape(weight.shape)
+
+    def sides(self, leaves: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+        return leaves["lora_B.weight"].shape[0], leaves["lora_A.weight"][0].numel()
+
+    def players(self) -> list[str]:
+        # diffusers takes a file for ACE-Step's by these two names, and loads any other as nothing
+        if any(target.endswith(("q_proj", "k_proj")) for target in self.target_modules):
+            diffusers = "- diffusers: `pipeline.load_lora_weights(<this folder>)`."
+        else:
+            diffusers = "- diffusers: only after `python -m sidestep.export format=diffusers`, for want of a q_proj."
+        return [
+            "- ACE-Step: load this folder (the one that holds `adapter_config.json`) as a LoRA.",
+            diffusers,
+            "- ComfyUI: put `adapter_model.safetensors` into its LoRA folder.",
+        ]
+
+
+@option("adapter", "dora")
+@dataclass(kw_only=True)
+class DoraConfig(LoraConfig):
+    """LoRA, and a trained length m of each row: m * (W + s B A) / |W + s B A| (Liu et al. 2024, arXiv:2402.09353)."""
+
+    family: ClassVar[str] = "dora"
+    leaf_sets: ClassVar[tuple[frozenset[str], ...]] = (
+        frozenset({"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}),
+    )
+    use_dora: ClassVar[bool] = True
+
+    def change(self, leaves: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        product = super().change(leaves, weight)
+        norm = (weight + product).norm(dim=1)
+        gain = (leaves["lora_magnitude_vector"] / norm).unsqueeze(1)
+        return (gain - 1) * weight + gain * product
+
+    def players(self) -> list[str]:
+        acestep, diffusers, _ = super().players()
+        return [
+            acestep,
+            diffusers,
+            "- ComfyUI: only after `python -m sidestep.export format=comfyui`; it would leave the lengths out.",
+        ]
 
 
 class LoraAdapter(Adapter):
-    """PEFT's LoRA layers, in the place of the linear layers they wrap."""
+    """PEFT's LoRA or DoRA layers, in the place of the linear layers they wrap."""
+
+    config: LoraConfig
 
     def __init__(self, transformer: nn.Module, paths: Sequence[str], config: LoraConfig) -> None:
         self.transformer, self.config = transformer, config
-        self.layers: dict[str, Any] = {path: transformer.get_submodule(path) for path in paths}
-        for layer in self.layers.values():
+        self.layers: dict[str, Any] = {to_original(path): transformer.get_submodule(path) for path in paths}
+        self.paths = list(paths)
+        for path, layer in self.layers.items():
+            layer.scaling["default"] = config.scale_of(path)
             layer.lora_A.float()  # PEFT makes them in the dtype of the weight they wrap
             layer.lora_B.float()
+            if config.use_dora:
+                # PEFT measures the lengths in the weight's dtype, and in bf16 the start would not be the base model
+                magnitude = layer.lora_magnitude_vector.float()["default"]
+                magnitude.weight.data.copy_(layer.base_layer.weight.detach().float().norm(dim=1))
 
     def weights(self) -> dict[str, dict[str, nn.Parameter]]:
-        return {
-            to_original(path): {
+        weights: dict[str, dict[str, nn.Parameter]] = {}
+        for path, layer in self.layers.items():
+            weights[path] = {
                 "lora_A.weight": layer.lora_A["default"].weight,
                 "lora_B.weight": layer.lora_B["default"].weight,
             }
-            for path, layer in self.layers.items()
-        }
+            if self.config.use_dora:
+                weights[path]["lora_magnitude_vector"] = layer.lora_magnitude_vector["default"].weight
+        return weights
+
+    def scale_of(self, path: str) -> float:
+        return self.config.scale_of(path)
 
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
-        """Write a PEFT folder with alpha / rank multiplied into B and ``lora_alpha`` = ``r``.
+        """Write a PEFT folder with the scale multiplied into B and ``lora_alpha`` = ``r``, for every module.
 
         Diffusers and ComfyUI read only the tensors and assume a scale of 1, and ACE-Step reads the config, so this
         is the one form to which all three give the same strength.
         """
-        from safetensors.torch import save_file
-
-        tensors = {}
-        for key, tensor in self.state_dict().items():
-            scale = self.config.scale if key.endswith("lora_B.weight") else 1.0
-            tensors[KEY_PREFIX + key] = (tensor * scale).cpu().contiguous()
-        peft_config = {
-            "base_model_name_or_path": "",
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
+        ranks = {path: self.config.rank_of(path) for path in self.layers}
+        others = {name: rank for name, rank in by_kind(ranks).items() if rank != self.config.rank}
+        settings = {
+            "alpha_pattern": others,
             "init_lora_weights": True,
             "lora_alpha": self.config.rank,
             "lora_dropout": 0.0,
             "peft_type": "LORA",
             "r": self.config.rank,
-            "target_modules": sorted(set(self.config.target_modules)),
-            "task_type": None,
-            "use_dora": False,
+            "rank_pattern": others,
+            "target_modules": peft_targets(self.config, self.layers),
+            "use_dora": self.config.use_dora,
             "use_rslora": False,
         }
-        with replacing(folder / WEIGHTS_FILE) as partial:
-            save_file(tensors, partial, {"format": "pt", **metadata})
-        write_text(folder / CONFIG_FILE, json.dumps(peft_config, indent=2) + "\n")
+        write_peft_folder(folder, self.baked(), settings, metadata)
 
     def detach(self) -> None:
-        for path, layer in self.layers.items():
+        for path, layer in zip(self.paths, self.layers.values(), strict=True):
             parent, _, name = path.rpartition(".")
             setattr(self.transformer.get_submodule(parent), name, layer.base_layer)
         del self.transformer.peft_config
+
+
+def write_peft_folder(
+    folder: Path, modules: Mapping[str, Mapping[str, Tensor]], settings: Mapping[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of a PEFT adapter into ``folder``, which exists.
+
+    Args:
+        folder: where to write.
+        modules: original path -> leaf -> tensor.
+        settings: of ``adapter_config.json``, besides those that are the same for every family.
+        metadata: for the header of the weights.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{KEY_PREFIX}{path}.{leaf}": tensor.float().cpu().contiguous()
+        for path, leaves in modules.items()
+        for leaf, tensor in leaves.items()
+    }
+    common = {
+        "base_model_name_or_path": "",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, {"format": "pt", **metadata})
+    write_text(folder / CONFIG_FILE, json.dumps({**common, **settings}, indent=2, sort_keys=True) + "\n")
+
+
+def peft_targets(config: AdapterConfig, paths: Mapping[str, Any]) -> list[str]:
+    """Name the modules so that PEFT, which knows no ``attention`` setting, wraps the same ones."""
+    if config.attention is Attention.both:
+        return sorted(set(config.target_modules))
+    return sorted(paths)
+
+
+def _pattern(setting: str, value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """Check that a setting maps names to numbers above 0; null is the same as none."""
+    pattern = {} if value is None else value
+    if not isinstance(pattern, dict) or not all(type(number) in kinds and number > 0 for number in pattern.values()):
+        kind = "whole number" if kinds == (int,) else "number"
+        raise UserError(f"adapter.{setting}={value} must give each name a {kind} above 0, as in {{q_proj:16}}")
+    return pattern
+
+
+def _lookup(pattern: Mapping[str, float], original_path: str, default: float) -> float:
+    endings = [ending for ending in pattern if ends_with(original_path, ending)]
+    return pattern[max(endings, key=len)] if endings else default

@@ -6,6 +6,7 @@ those of one run would leak into the next.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class LycorisAdapter(Adapter):
 
     Args:
         transformer: the frozen transformer; gets a child module ``lycoris``.
-        paths: diffusers paths of the linear (or Conv1d) modules to wrap.
+        paths: diffusers paths of the linear modules to wrap.
         module_class: the LyCORIS module of the family.
         settings: what that class takes by name, such as ``lora_dim`` and ``alpha``.
     """
@@ -52,17 +53,27 @@ class LycorisAdapter(Adapter):
             # rounds most of a young adapter away
             layer = module_class(file_name(path), base, bypass_mode=True, **settings)
             layer.to(base.weight.device).apply_to()
-            self.layers[path] = layer
+            self.layers[to_original(path)] = layer
         # as a child of the transformer, where DistributedDataParallel and `.to(device)` find the parameters
         transformer.add_module(
             "lycoris", nn.ModuleDict({file_name(path): layer for path, layer in self.layers.items()})
         )
 
     def weights(self) -> dict[str, dict[str, nn.Parameter]]:
-        return {to_original(path): dict(layer.named_parameters()) for path, layer in self.layers.items()}
+        return {path: dict(layer.named_parameters()) for path, layer in self.layers.items()}
 
-    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the weights, each with its ``alpha``, as one LyCORIS file in float32."""
+    def scale_of(self, path: str) -> float:
+        return float(self.layers[path].scale)  # 1 where LyCORIS keeps all factors full
+
+    def write(self, path: Path, algorithm: str, settings: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Write the weights, each with its ``alpha``, as one LyCORIS file in float32.
+
+        Args:
+            path: the file.
+            algorithm: LyCORIS's name of the family.
+            settings: what a loader rebuilds the modules from, under ``<algorithm>_config`` in the header.
+            metadata: for the header.
+        """
         from safetensors.torch import save_file
 
         tensors = {
@@ -70,12 +81,13 @@ class LycorisAdapter(Adapter):
             for module_path, layer in self.layers.items()
             for leaf, tensor in [("alpha", layer.alpha.float()), *layer.named_parameters()]
         }
+        header = {"algo": algorithm, "format": "lycoris", f"{algorithm}_config": json.dumps(settings), **metadata}
         with replacing(path) as partial:
-            save_file(tensors, partial, dict(metadata))
+            save_file(tensors, partial, header)
 
     def detach(self) -> None:
-        for path, layer in self.layers.items():
+        for layer in self.layers.values():
             layer.restore()
             # LyCORIS leaves the original forward behind as an attribute of the module, where it hides the class's
-            del self.transformer.get_submodule(path).forward
+            del layer.org_module[0].forward
         del self.transformer.lycoris
