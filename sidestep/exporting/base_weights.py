@@ -1,0 +1,86 @@
+"""The base model beside an adapter: finding the one it was trained on, and reading its weights one at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
+from sidestep.acestep.keymap import to_diffusers
+from sidestep.acestep.variants import VariantConfig
+from sidestep.acestep.weight_files import open_safetensors
+from sidestep.adapters.base import SavedAdapter
+from sidestep.config.gate import read_variant
+from sidestep.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def trained_on(saved: SavedAdapter) -> dict[str, Any]:
+    """What sidestep wrote into the adapter when it was trained; empty for another program's adapter."""
+    try:
+        about = json.loads(saved.metadata.get("sidestep", "{}"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(f"{saved.path} has a header entry sidestep that is not a JSON object; copy the adapter again")
+    return about
+
+
+class BaseWeights:
+    """Weights of the transformer in a checkpoint, read when asked for.
+
+    Args:
+        checkpoint: where they lie, in either layout.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files = checkpoint.locate_weights("transformer")
+
+    def locate(self, path: str) -> tuple[Path, str]:
+        """Name the file and the key there of the weight of the module at an original path.
+
+        Raises:
+            UserError: if the model has no such module.
+        """
+        name = f"{to_diffusers(path)}.weight"
+        if name not in self._files:
+            raise UserError(f"{self.checkpoint.folder} has no {path}, which the adapter changes; wrong model_variant?")
+        return self._files[name]
+
+    def read(self, path: str) -> Tensor:
+        """Read the weight of the module at an original path, in float32.
+
+        Raises:
+            UserError: as ``locate``, or if the file is damaged.
+        """
+        file, key = self.locate(path)
+        with open_safetensors(file) as weights:
+            return weights.get_tensor(key).float()
+
+
+def base_of(saved: SavedAdapter, variant: VariantConfig | None, checkpoint_dir: Path) -> BaseWeights:
+    """Find the model that an adapter was trained on, or the one that was typed.
+
+    Raises:
+        UserError: if neither is known, or the model is not there.
+    """
+    about = trained_on(saved)
+    if variant is None:
+        if "model_variant" not in about:
+            raise UserError(f"{saved.path} does not say which model it was trained on; type model_variant=...")
+        variant = read_variant(about["model_variant"])
+    checkpoint = find_checkpoint(checkpoint_dir, variant)
+    if "checkpoint" in about and about["checkpoint"] != checkpoint.fingerprint("transformer"):
+        log.warning(
+            "%s was trained on another model (%s) than the one in %s; what it does there may differ",
+            saved.path,
+            about.get("model_variant"),
+            checkpoint.folder,
+        )
+    return BaseWeights(checkpoint)
