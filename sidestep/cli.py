@@ -12,15 +12,17 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import sidestep.config.naming  # noqa: F401  registers ${run_name:}
-from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, explain, to_dataclass
+from sidestep.config.gate import VERSION_BASE, check_keys, compose_or_explain, conf_dir, explain, to_dataclass
 from sidestep.config.help import help_page
+from sidestep.config.naming import swept_keys
 from sidestep.errors import UserError
+from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +43,33 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own printer
     try:
-        if not (typed.multirun or typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
-            # composing twice costs a quarter of a second, and no folder is made for a mistyped setting
-            search = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
-            to_dataclass(compose_or_explain(typed.config_name or command, [*search, *typed.overrides]), root)
+        if not (typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
+            _check(command, root, typed)
         hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except UserError as error:
         sys.exit(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"{error.filename}: {error.strerror}")  # a folder that cannot be made, a full disk
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from what is on disk")
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(explain(error, command, typed.overrides))
+
+
+def _check(command: str, root: type[Any], typed: Any) -> None:
+    """Refuse what is mistyped before any folder is made; composing twice costs a quarter of a second."""
+    overrides = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
+    if not typed.multirun:
+        to_dataclass(compose_or_explain(typed.config_name or command, [*overrides, *typed.overrides]), root)
+        return
+    parsed = OverridesParser.create().parse_overrides(typed.overrides)
+    # of a sweep only names and types, and only of one point: a bad point must not stop the others
+    overrides += [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+    check_keys(compose_or_explain(typed.config_name or command, overrides), root)
+    if swept := swept_keys(typed.overrides):
+        sys.argv.append(f"swept=[{','.join(swept)}]")
 
 
 def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], Any]:
@@ -63,5 +83,8 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 raise  # the other points of the sweep go on
             sys.exit(1)
+        except Interrupted as stop:
+            log.info("%s; the same command goes on from here", stop)
+            sys.exit(stop.exit_code)  # ends a sweep too
 
     return job

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sidestep.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
+_OWN = f".partial-{_HOST}-{os.getpid()}"
+"""Ends the name of everything this process has not finished writing."""
 
 
 def describe(folder: Path, limit: int = 5) -> str:
@@ -30,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; once the block ends without an error, it becomes ``path``."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}{_OWN}")
     try:
         yield partial
         sync(partial)
@@ -41,13 +52,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what :func:`replacing` and :func:`replacing_folder` left in a folder when their process was killed."""
+    """Delete what :func:`replacing` and :func:`replacing_folder` left in a folder when their process was killed.
+
+    Only of processes of this machine, since those of others cannot be asked whether they live.
+    """
     import psutil
 
-    for partial in folder.glob(".*.partial-*"):
-        process = partial.name.rpartition(".partial-")[2].removesuffix("-old")
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            if partial.is_dir():
+    for partial in folder.glob(f".*.partial-{_HOST}-*"):
+        process = int(partial.name.rpartition("-")[2])
+        # in a container a new process often gets the number of the one that was killed
+        if process == os.getpid() or not psutil.pid_exists(process):
+            target = folder / partial.name.partition(".partial-")[0].removesuffix("-old").removeprefix(".")
+            if "-old.partial-" in partial.name and not target.exists():
+                os.replace(partial, target)  # killed between taking the old folder away and putting the new one there
+            elif partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 partial.unlink(missing_ok=True)
@@ -58,14 +76,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}{_OWN}")
     partial.mkdir()
     try:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             sync(path)
         sync(partial)
-        old = folder.with_name(f".{folder.name}.partial-{os.getpid()}-old")
+        old = folder.with_name(f".{folder.name}-old{_OWN}")
         if folder.exists():
             os.replace(folder, old)  # a folder cannot replace one that is not empty
         os.replace(partial, folder)
@@ -75,13 +93,64 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; a process that died does not block the next.
+
+    Args:
+        folder: an existing folder; each process that wants it for itself must ask here.
+        wait: stand in line for it instead of refusing.
+
+    Raises:
+        UserError: naming the host and process that is already there, or if the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    owner = folder / ".owner"
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        try:
+            who = owner.read_text(encoding="utf-8").strip()
+        except OSError:  # it is only just coming or going
+            who = "another process"
+        if not wait:
+            raise UserError(f"{folder} is in use by {who}; wait for it or stop it") from error
+        log.info("waiting for %s, which is in use by %s", folder, who)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def discarding(folder: Path) -> Iterator[Path]:
+    """Take a folder out of sight before the block deletes it, so that nobody finds it half-deleted."""
+    doomed = folder.with_name(f".{folder.name}-old{_OWN}")
+    os.replace(folder, doomed)
+    yield doomed
+
+
 def sync(path: Path) -> None:
     """Make a file or folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call for folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Hash every file of a folder: name -> 64 hex digits."""
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def sha256_of(path: Path) -> str:

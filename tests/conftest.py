@@ -31,3 +31,12 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path) 
     from tests.factories import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("data") / "songs", checkpoint_dir, lengths=[60, 80, 41, 100])
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path) -> dict[str, Path]:
+    """Folders of one adapter of each of ``ADAPTERS``, for the toy base checkpoint."""
+    from tests.factories import ADAPTERS, write_adapter
+
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: write_adapter(root / name / "final", checkpoint_dir, *typed) for name, typed in ADAPTERS.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,14 +12,28 @@ from safetensors.torch import save_file
 
 import sidestep.config.naming  # noqa: F401
 from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.adapters import AdapterConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
-from sidestep.config.settings import PreprocessConfig, TrainConfig
+from sidestep.config.settings import ExportConfig, GenerateConfig, InspectConfig, PreprocessConfig, TrainConfig
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
 
 CHOICES = {
     "adapter": "lora", "optim": "adamw", "schedule": "constant", "timesteps": "acestep", "objective": "velocity",
     "model_variant": "base", "vram_profile": "auto",
 }  # fmt: skip
+
+ADAPTERS = {
+    "lora": ("adapter=lora", "adapter.rank=4", "adapter.alpha=8"),
+    "lora-ranks": ("adapter=lora", "adapter.rank=4", "adapter.alpha=8", "+adapter.rank_pattern={k_proj:2}"),
+    "dora": ("adapter=dora", "adapter.rank=4", "adapter.alpha=8"),
+    "lokr": ("adapter=lokr", "adapter.rank=3", "adapter.alpha=6", "adapter.factor=4"),
+    "lokr-full": ("adapter=lokr",),
+    "lokr-both": ("adapter=lokr", "adapter.rank=1", "adapter.alpha=2", "adapter.decompose_both=true"),
+    "lokr-decomposed": ("adapter=lokr", "adapter.rank=3", "adapter.weight_decompose=true"),
+    "loha": ("adapter=loha", "adapter.rank=4", "adapter.alpha=8"),
+    "oft": ("adapter=oft", "adapter.block_size=16"),
+}
+"""Adapters of every family, as they are typed."""
 
 
 def train_config(*overrides: str) -> TrainConfig:
@@ -28,7 +43,7 @@ def train_config(*overrides: str) -> TrainConfig:
         "dataset_dir=data",
         "model_variant=base",
         "device=cpu",
-        "adapter.rank=4",
+        *([] if "adapter=oft" in overrides else ["adapter.rank=4"]),
         "optim.lr=0.01",
         "schedule.warmup_steps=2",
         "log_every_steps=1",
@@ -44,6 +59,12 @@ def preprocess_config(*overrides: str) -> PreprocessConfig:
     return to_dataclass(
         compose_or_explain("preprocess", ["device=cpu", "model_variant=base", *overrides]), PreprocessConfig
     )
+
+
+def generate_config(*overrides: str) -> GenerateConfig:
+    """The config of ``python -m sidestep.generate``: the shortest music there is, in few steps."""
+    quick = ["device=cpu", "prompt=quiet piano", "seconds=1", "num_inference_steps=2"]
+    return to_dataclass(compose_or_explain("generate", [*quick, *overrides]), GenerateConfig)
 
 
 def choices_of(*overrides: str) -> dict[str, str]:
@@ -102,3 +123,52 @@ def run_training(output_dir: Path, *overrides: str) -> float:
     logging.getLogger("sidestep").setLevel(logging.INFO)
     output_dir.mkdir(parents=True, exist_ok=True)
     return train(train_config(*overrides), output_dir, choices_of(*overrides))
+
+
+def export_config(*overrides: str) -> ExportConfig:
+    """The config of ``python -m sidestep.export``."""
+    return to_dataclass(compose_or_explain("export", ["device=cpu", *overrides]), ExportConfig)
+
+
+def inspect_config(*overrides: str) -> InspectConfig:
+    """The config of ``python -m sidestep.inspect``."""
+    return to_dataclass(compose_or_explain("inspect", [*overrides]), InspectConfig)
+
+
+def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: str = "base") -> Path:
+    """An adapter with random weights that change the output a lot, saved as a run saves it.
+
+    Args:
+        folder: where to write it.
+        checkpoint_dir: root of the toy checkpoint that it is for.
+        overrides: of the group ``adapter``, as they are typed.
+        variant: model variant.
+    """
+    model_variant = train_config(f"model_variant={variant}").model_variant
+    checkpoint = find_checkpoint(checkpoint_dir, model_variant)
+    transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
+    adapter = adapter_config(*overrides).attach(transformer)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder.mkdir(parents=True)
+    about = {
+        "model_variant": variant,
+        "shift": model_variant.shift,
+        "num_inference_steps": model_variant.num_inference_steps,
+        "guidance_scale": model_variant.guidance_scale,
+        "custom_tags": ["mystyle"],
+        "checkpoint": checkpoint.fingerprint("transformer"),
+        "dataset": "0123456789abcdef",
+        "step": 12,
+        "epoch": 3.0,
+        "versions": {"sidestep": "0.1.0"},
+    }
+    adapter.save(folder, {"sidestep": json.dumps(about)})
+    return folder
+
+
+def adapter_config(*overrides: str) -> AdapterConfig:
+    """The settings of ``adapter=...``, with values as they are typed."""
+    config = compose_or_explain("train", ["name=test", "dataset_dir=data", "model_variant=base", *overrides])
+    return to_dataclass(config, TrainConfig).adapter

@@ -118,10 +118,25 @@ def test_a_sweep_gives_each_point_its_own_adapter_and_survives_a_bad_point(demo)
     assert finished == ["lokr-turbo-rank2-demo", "lora-turbo-rank2-demo"]
 
 
+def test_demos_that_begin_together_wait_for_each_other(tmp_path):
+    """As the points of a sweep do under a launcher with several processes."""
+    code = (
+        "from tests.factories import train_config; from sidestep.demo import prepare_demo; "
+        "prepare_demo(train_config('experiment=demo', 'model_variant=base'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in both:
+        _, log = process.communicate()
+        assert process.returncode == 0, log.decode()
+    assert len(SongDataset(tmp_path / "outputs/demo-data/base", max_seconds=6, seed=0).songs) == 4
+
+
 def test_preprocessing_says_what_it_skipped_and_exits_with_1(demo, tmp_path):
     songs = tmp_path / "songs"
     songs.mkdir()
-    (songs / "good one.wav").write_bytes((demo / "outputs/demo-data/songs/01-paper-boats.wav").read_bytes())
+    (songs / "good one.wav").write_bytes((demo / "outputs/demo-model/songs/01-paper-boats.wav").read_bytes())
     (songs / "bad.wav").write_text("this is not audio")
     places = (f"audio_dir={songs}", f"dataset_dir={tmp_path / 'data'}", f"checkpoint_dir={demo / 'outputs/demo-model'}")
     done = run_command(tmp_path, *places, "model_variant=turbo", command="preprocess")
@@ -130,6 +145,17 @@ def test_preprocessing_says_what_it_skipped_and_exits_with_1(demo, tmp_path):
     assert "1 songs in" in done.stderr
     assert "captions: 1 from file name" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_demo_does_not_touch_folders_that_are_not_its_own(demo, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/songs.jsonl").write_text("my own")
+    for setting in ("dataset_dir=mine", "checkpoint_dir=mine"):
+        done = run_command(tmp_path, "experiment=demo", setting, "name=y")
+        assert done.returncode == 1
+        assert "mine was not made by the demo" in done.stderr
+    assert (tmp_path / "mine/songs.jsonl").read_text() == "my own"
+    assert len(list((tmp_path / "mine").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sidestep.training.flow import (
     draw_noising,
     noisy_latents_and_velocity,
 )
-from sidestep.training.loop import predict_velocity
+from sidestep.training.forward import predict_velocity
 from tests.golden import GOLDEN, golden_transformer
 
 QUANTILES = {0.01: 0.1569, 0.1: 0.2935, 0.25: 0.4013, 0.5: 0.5362, 0.75: 0.6699, 0.9: 0.7742, 0.99: 0.8980}

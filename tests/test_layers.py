@@ -25,10 +25,13 @@ LAYERS = [
     ["config.settings"],
     ["config.naming", "config.gate", "config.help"],
     ["acestep.*", "data.manifest", "data.audio", "data.songs", "data.sampler", "data.dataset", "data.loader", "data"],
-    ["training.state", "training.tracking"],
-    ["data.encode", "training.final", "training.run", "training.metrics", "training.loop"],
+    ["training.state", "training.tracking", "training.signals"],
+    ["inference.*", "inference"],
+    ["exporting.*", "exporting"],
+    ["inspecting.*", "inspecting"],
+    ["data.encode", "training.final", "training.*"],
     ["demo", "cli"],
-    ["train", "preprocess"],
+    ["train", "preprocess", "generate", "export", "inspect"],
 ]
 
 
@@ -56,8 +59,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             found.add(node.module)
-            if node.module in ("sidestep", "sidestep.adapters", "sidestep.training"):
-                found |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name.islower()}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}  # a module, or else a name in one
     return {name.removeprefix("sidestep").lstrip(".") for name in found if name.partition(".")[0] == "sidestep"}
 
 

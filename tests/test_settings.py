@@ -22,7 +22,7 @@ GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objecti
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 
 MISTAKES = {
-    "adapter=lorra": "adapter=lorra is not an option; did you mean lora?; the options are lokr, lora",
+    "adapter=lorra": "adapter=lorra is not an option; did you mean lora?; the options are",
     "adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
     "+adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
     "++adapter.rnk=8": "adapter.rnk is not a setting; did you mean adapter.rank?",
@@ -43,14 +43,20 @@ MISTAKES = {
     "adapter.dropout=1": "adapter.dropout=1.0",
     "adapter.target_modules=[]": "adapter.target_modules is empty",
     "optim.lr=0": "optim.lr=0.0 must be above 0",
-    "optim.lr=nan": "optim.lr=nan must be above 0",
+    "optim.lr=nan": "optim.lr=nan must be a finite number",
     "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
     "schedule.warmup_steps=-1": "schedule.warmup_steps=-1 must not be negative",
     "timesteps.std=0": "timesteps.std=0.0 must be above 0",
     "vram_profile.batch_size=0": "vram_profile.batch_size=0 must be at least 1",
     "max_epochs=0": "max_epochs=0 must be at least 1",
     "max_epochs=null": "max_epochs and max_steps are both null",
-    "max_seconds=0": "max_seconds=0.0 must be above 0",
+    "max_seconds=0.05": "max_seconds=0.05 must be at least 0.08 seconds",
+    "vram_profile.max_seconds=-3": "vram_profile.max_seconds=-3.0 must be at least 0.08 seconds",
+    "adapter.alpha=inf": "adapter.alpha=inf must be a finite number",
+    "optim.betas=[0.9,nan]": "optim.betas.1=nan must be a finite number",
+    "optim.weight_decay=-1": "optim.weight_decay=-1.0 must not be negative",
+    "keep_every=5": "keep_every=5 has no effect without keep_last",
+    "adapter=null": "adapter=null chooses nothing; the options are",
     "condition_dropout=1": "condition_dropout=1.0 must be at least 0 and below 1",
     "seed=-1": "seed=-1 must not be negative",
     "device=cpu precision=fp16": "precision=fp16 needs a GPU",
@@ -78,6 +84,10 @@ def test_a_mistake_is_answered_by_name(typed):
     [
         ("audio_dr=songs", "audio_dr is not a setting; did you mean audio_dir?"),
         ("audio_dir=a dataset_dir=b genre_ratio=101", "genre_ratio=101 is a percentage, from 0 to 100"),
+        ("audio_dir=a dataset_dir=b tile_seconds=nan", "tile_seconds=nan must be at least 5"),
+        ("audio_dir=a dataset_dir=b tile_seconds=inf", "tile_seconds=inf must be at least 5"),
+        ("audio_dir=a dataset_dir=b max_song_seconds=0.00001", "max_song_seconds=1e-05 must be at least 0.08"),
+        ("audio_dir=a dataset_dir=b max_song_seconds=nan", "max_song_seconds=nan must be at least 0.08"),
         ("audio_dir=a dataset_dir=b tag_position=before", "expected one of [prepend, append, replace]"),
         ("audio_dir=a dataset_dir=b tile_seconds=3", "tile_seconds=3.0 must be at least 5"),
         ("dataset_dir=b", "audio_dir must be set, for example audio_dir=songs"),
@@ -98,7 +108,6 @@ def test_a_missing_dataset_names_the_command_that_makes_one():
 def test_every_option_composes_to_a_class_of_its_own_group(group, name):
     config = train_config(f"{group}={name}")
     declared = TrainConfig.__dataclass_fields__[group].type
-    assert type(getattr(config, group)).__mro__[-2].__name__ != "object"
     assert str(declared) in [cls.__name__ for cls in type(getattr(config, group)).__mro__]
 
 
@@ -152,6 +161,12 @@ def test_a_typed_value_wins_over_the_automatic_profile():
         (["timesteps=uniform", "seed=3"], "lora-turbo-seed3-uniform"),
         (["experiment=jazz"], "lora-turbo-jazz"),
         (["experiment=first"], "lora-turbo"),
+        (["seed=20240101"], "lora-turbo-seed20240101"),
+        (["optim.lr=1.234561e-5", "seed=0"], "lora-turbo-lr1.234561e-05-seed0"),
+        (["optim.lr=1e+20"], "lora-turbo-lr1e20"),
+        (["timesteps=first"], "lora-turbo-first"),
+        (["max_steps=6", "dataset_dir=data/a"], "lora-turbo"),
+        (["max_steps=6", "dataset_dir=data/a", "swept=[dataset_dir]"], "lora-turbo-dataset_dirdata-a"),
         (["adapter.target_modules=[q_proj,v_proj]"], "lora-turbo-target_modules-q_proj-v_proj"),
     ],
 )
@@ -175,8 +190,8 @@ def test_run_names_ignore_order_and_spelling_and_stay_short():
     ("schedule", "expected"),
     [
         (Constant(warmup_steps=4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
-        (Linear(warmup_steps=2, final_factor=0.0), [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
-        (Cosine(warmup_steps=0, final_factor=0.0), [1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381]),
+        (Linear(warmup_steps=2, final_factor=0.0), [0.5, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5, 0]),
+        (Cosine(warmup_steps=0, final_factor=0.0), [1, 0.9505, 0.8117, 0.6113, 0.3887, 0.1883, 0.0495, 0]),
     ],
 )
 def test_schedules_have_the_documented_shape(schedule, expected):

@@ -6,6 +6,7 @@ Nothing past :func:`to_dataclass` sees OmegaConf.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -17,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverrideParseException
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.acestep.variants import VariantConfig
@@ -32,6 +33,8 @@ VERSION_BASE = "1.3"
 EXAMPLES = {
     "dataset_dir": "dataset_dir=data/songs (the folder that python -m sidestep.preprocess wrote)",
     "audio_dir": "audio_dir=songs",
+    "adapter_dir": "adapter_dir=outputs/first/lokr-base/final",
+    "format": "format=comfyui",
 }
 
 
@@ -52,6 +55,16 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
             return compose(command, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, command, overrides)) from error
+        except ValueError as error:  # Hydra's answer to a group that is set to null
+            groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
+            named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
+            if named is None:
+                raise
+            options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
+            raise UserError(f"{named}=null chooses nothing; the options are {options}") from error
+        except AssertionError as error:  # OmegaConf's answer to a setting below one that is null
+            nothing = "a setting was typed below one that is null; choose that first, as in model_variant=base"
+            raise UserError(nothing) from error
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
@@ -89,17 +102,29 @@ def to_dataclass(config: DictConfig, root: type[T]) -> T:
     Raises:
         UserError: for a setting that does not exist, is missing, or contradicts another.
     """
-    for parent, leaf, known in _unknown_keys(config, root):
-        raise UserError(not_a_setting(leaf, known, parent))
+    check_keys(config, root)
     if missing := sorted(OmegaConf.missing_keys(config)):
         example = EXAMPLES.get(missing[0], f"{missing[0]}=...")
         raise UserError(f"{', '.join(missing)} must be set, for example {example}")
+    for key, value in _numbers(config):
+        if not math.isfinite(value):
+            raise UserError(f"{key}={value} must be a finite number")
     try:
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(" ".join(str(error).split())) from error
+
+
+def check_keys(config: DictConfig, root: type[Any]) -> None:
+    """Refuse settings that do not exist but were added with ``+key=value``.
+
+    Raises:
+        UserError: naming the nearest one that does.
+    """
+    for parent, leaf, known in _unknown_keys(config, root):
+        raise UserError(not_a_setting(leaf, known, parent))
 
 
 def read_profiles() -> list[VramConfig]:
@@ -139,7 +164,7 @@ def _unknown_key(key: str, command: str, overrides: Sequence[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     if parent and parent not in config:
         parent, leaf = "", key.partition(".")[0]  # the mistake is in the first word
-    known = [str(name) for name in (config[parent] if parent else config)]
+    known = [str(name) for name in ((config[parent] or {}) if parent else config)]  # a group may be null
     if parent:
         return not_a_setting(leaf, known, parent)
     return not_a_setting(leaf, sorted({*known, *groups}), parent, key.removeprefix(leaf))
@@ -171,6 +196,16 @@ def _schemas(group: str) -> list[str]:
 
 def _field_names(node: Any) -> list[str]:
     return [field.name for field in fields(cast(Any, OmegaConf.get_type(node)))]
+
+
+def _numbers(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[str, float]]:
+    keys: Sequence[Any] = [str(key) for key in node] if isinstance(node, DictConfig) else range(len(node))
+    for key in keys:
+        value = node[key]
+        if isinstance(value, float):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, DictConfig | ListConfig):
+            yield from _numbers(value, f"{prefix}{key}.")
 
 
 def _unknown_keys(node: DictConfig, root: type[Any], parent: str = "") -> Iterator[tuple[str, str, list[str]]]:

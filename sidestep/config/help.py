@@ -19,6 +19,9 @@ from sidestep.config.gate import conf_dir
 ABOUT = {
     "train": "Train one adapter for ACE-Step 1.5, or with -m a sweep of them.",
     "preprocess": "Turn a folder of songs into a dataset to train on.",
+    "export": "Write an adapter in another form: for another player, as a LoRA, or merged into the model.",
+    "inspect": "Say what an adapter is and what it was trained on, and draw where it acts.",
+    "generate": "Text to music, with any number of adapters at any strength.",
 }
 IMPORTANT = {
     "train": [
@@ -45,6 +48,32 @@ IMPORTANT = {
         "max_song_seconds",
         "tile_seconds",
     ],
+    "export": [
+        "adapter_dir",
+        "format",
+        "output_dir",
+        "scale",
+        "rank",
+        "max_error",
+        "checkpoint_dir",
+        "measure_output",
+    ],
+    "inspect": ["adapter_dir", "plot", "checkpoint_dir"],
+    "generate": [
+        "prompt",
+        "lyrics",
+        "adapter_dir",
+        "scale",
+        "checkpoint_dir",
+        "seconds",
+        "seeds",
+        "language",
+        "num_inference_steps",
+        "guidance_scale",
+        "shift",
+        "format",
+        "output_dir",
+    ],
 }
 EXAMPLES = {
     "train": (
@@ -56,6 +85,21 @@ EXAMPLES = {
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs model_variant=base",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs custom_tag=mystyle",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs metadata_file=songs/dataset.json",
+    ),
+    "generate": (
+        'python -m sidestep.generate adapter_dir=outputs/first/lokr-base/final prompt="warm jazz, soft drums"',
+        "python -m sidestep.generate adapter_dir=outputs/first/lokr-base/final prompt=@prompt.txt lyrics=@song.txt",
+        "python -m sidestep.generate adapter_dir=[first/final,other/final] scale=[1.0,0.5] prompt=piano seeds=[0,1,2]",
+    ),
+    "export": (
+        "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=comfyui",
+        "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=lora max_error=0.05",
+        "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=merged scale=0.8",
+    ),
+    "inspect": (
+        "python -m sidestep.inspect adapter_dir=outputs/first/lokr-base/final",
+        "python -m sidestep.inspect adapter_dir=outputs/first/lokr-base/final checkpoint_dir=checkpoints",
+        "python -m sidestep.inspect adapter_dir=other/lokr_weights.safetensors model_variant=base plot=other.png",
     ),
 }
 
@@ -125,5 +169,5 @@ def _default(key: str, config: DictConfig) -> str:
     """The value a setting has when nothing is typed, or nothing where it must be typed or is null."""
     value = None if OmegaConf.is_missing(config, key) else OmegaConf.select(config, key)
     if isinstance(value, ListConfig):
-        value = f"[{','.join(value)}]"
+        value = f"[{','.join(map(str, value))}]"
     return "" if value in (None, "") else f" = {value}"

@@ -6,11 +6,13 @@ import hashlib
 import re
 from collections.abc import Sequence
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 NAMED_BY_CHOICE = ("adapter", "model_variant")
 NOT_NAMED = (
     "hydra",
+    "swept",
     "name",
     "checkpoint_dir",
     "dataset_dir",
@@ -20,6 +22,9 @@ NOT_NAMED = (
     "log_every_steps",
     "save_every_epochs",
     "save_every_steps",
+    "keep_last",
+    "keep_every",
+    "max_bad_steps",
     "max_epochs",
     "max_steps",
     "resume",
@@ -42,14 +47,16 @@ def run_name(adapter: str, model_variant: str, overrides: Sequence[str], sweep_n
         adapter: the chosen option of that group.
         model_variant: likewise.
         overrides: what was typed, as ``key=value``.
-        sweep_name: the setting ``name``; a choice of the same name is not repeated.
+        sweep_name: the setting ``name``; an experiment of the same name is not repeated.
 
     >>> run_name("lokr", "base", ["optim.lr=0.0001", "adapter=lokr"], "first")
     'lokr-base-lr0.0001'
     """
     pairs = [override.lstrip("+~").partition("=")[::2] for override in overrides]
-    pairs = sorted((key, _plain(value)) for key, value in pairs if re.split("[./@]", key)[0] not in NOT_NAMED)
-    pairs = [(key, value) for key, value in pairs if key not in NAMED_BY_CHOICE and value != sweep_name]
+    swept = [key for name, value in pairs if name == "swept" for key in value.strip("[]").split(",")]
+    pairs = [(key, value) for key, value in pairs if key in swept or _first_word(key) not in NOT_NAMED]
+    pairs = sorted((key, _plain(value)) for key, value in pairs if key not in NAMED_BY_CHOICE)
+    pairs = [pair for pair in pairs if pair != ("experiment", sweep_name)]
     settings = [value if "." not in key and _is_word(value) else key.rpartition(".")[2] + value for key, value in pairs]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([adapter, model_variant, *settings])).strip("-.")
     if len(name) > MAX_LENGTH:
@@ -67,9 +74,25 @@ def _plain(value: str) -> str:
     """The same text for 1e-4, 0.0001 and Hydra's own spelling of it inside a sweep."""
     value = value.strip("'\"")
     try:
-        return f"{float(value):g}"
+        number = float(value)
     except ValueError:
         return value.lower() if value.lower() in ("true", "false", "null") else value
+    if number.is_integer() and abs(number) < 1e15:
+        return str(int(value) if value.isdecimal() else int(number))
+    return repr(number).replace("e+", "e")
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """Settings that ``-m`` gives several values and that would not name a run by themselves.
+
+    Points that differ in nothing else would share a folder, so ``run_name`` names them when told by ``swept=[...]``.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [o.key_or_group for o in parsed if o.is_sweep_override() and _first_word(o.key_or_group) in NOT_NAMED]
+
+
+def _first_word(key: str) -> str:
+    return re.split("[./@]", key)[0]
 
 
 OmegaConf.register_new_resolver(

@@ -6,8 +6,9 @@ hold them. Nothing here imports torch, so that a mistyped setting is answered at
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
@@ -82,6 +83,7 @@ class VramConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"vram_profile.{key}={value} must be at least 1")
+        check_excerpt("vram_profile.max_seconds", self.max_seconds)
 
     def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:
         """Complete this profile.
@@ -132,6 +134,8 @@ class TrainConfig:
     """Folder that holds the ACE-Step checkpoints."""
     dataset_dir: str = MISSING
     """Folder that python -m sidestep.preprocess made."""
+    swept: list[str] = field(default_factory=list)
+    """Filled in by -m: settings it gives several values that would not name a run otherwise, like dataset_dir."""
     toy: bool = False
     """Make a tiny random model and a few synthesised songs first (experiment=demo)."""
     seed: int = 0
@@ -144,6 +148,10 @@ class TrainConfig:
     """Write checkpoints/epoch_N this often; null never."""
     save_every_steps: int | None = None
     """Write checkpoints/step_N this often; null never."""
+    keep_last: int | None = None
+    """Keep only this many of the newest checkpoints; null keeps all."""
+    keep_every: int | None = None
+    """With keep_last, also keep checkpoints whose number this divides: keep_every=50 keeps epoch_50, epoch_100, ..."""
     resume: Resume = Resume.auto
     """auto continues this run's newest checkpoint; never refuses to touch a run that has one."""
     init_from: str | None = None
@@ -158,6 +166,8 @@ class TrainConfig:
     """Longest excerpt of a song, in seconds; null takes the VRAM profile's."""
     condition_dropout: float = MISSING
     """Share of examples trained on the null condition, which guidance needs; the variant's own by default."""
+    max_bad_steps: int = MISSING
+    """Stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing."""
     log_every_steps: int = MISSING
     """How often the loss is logged, in steps."""
     log_dir: str | None = None
@@ -171,8 +181,11 @@ class TrainConfig:
         if self.max_epochs is None and self.max_steps is None:
             raise UserError("max_epochs and max_steps are both null, so the run would never end; set one of them")
         at_least(1, self, "max_epochs", "max_steps", "save_every_epochs", "save_every_steps", "log_every_steps")
-        at_least(1, self, "num_inference_steps")
-        above_zero(self, "max_seconds", "shift")
+        at_least(1, self, "num_inference_steps", "keep_last", "keep_every", "max_bad_steps")
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError(f"keep_every={self.keep_every} has no effect without keep_last; type keep_last=... too")
+        above_zero(self, "shift")
+        check_excerpt("max_seconds", self.max_seconds)
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout={self.condition_dropout} must be at least 0 and below 1")
         if self.seed < 0:
@@ -205,10 +218,10 @@ class PreprocessConfig:
     """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
     custom_tag: str = ""
     """Trigger word put into every caption."""
-    tag_position: TagPosition = TagPosition.prepend
-    """Where custom_tag goes: prepend, append, or replace the whole caption."""
-    genre_ratio: int = 0
-    """Per cent of songs that train on their genre line instead of their caption."""
+    tag_position: TagPosition | None = None
+    """Where the tag goes: prepend, append, or replace the whole caption; null is dataset.json's, or prepend."""
+    genre_ratio: int | None = None
+    """Per cent of songs that train on their genre line instead of their caption; null is dataset.json's, or 0."""
     language: str = MISSING
     """Language of lyrics whose metadata does not name one."""
     max_song_seconds: float | None = None
@@ -223,10 +236,11 @@ class PreprocessConfig:
     """Of the text and condition encoders; auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.genre_ratio <= 100:
+        if self.genre_ratio is not None and not 0 <= self.genre_ratio <= 100:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
-        above_zero(self, "max_song_seconds")
-        if self.tile_seconds < 5:
+        if self.max_song_seconds is not None and not 0.08 <= self.max_song_seconds < math.inf:
+            raise UserError(f"max_song_seconds={self.max_song_seconds} must be at least 0.08, two latent frames")
+        if not 5 <= self.tile_seconds < math.inf:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
         if self.device is Device.cpu and self.precision is Precision.fp16:
             raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
@@ -267,14 +281,14 @@ class GenerateConfig:
     """Beats per bar, as in 4; empty leaves it to the model."""
     language: str = MISSING
     """Language of the lyrics."""
-    seeds: list[int] = MISSING
-    """One piece of music per seed."""
+    seeds: Any = MISSING
+    """One piece of music per seed: 0, or [0,1,2]."""
     shift: float | None = None
     """Warp of time; null takes the adapter's, or the model's own."""
     num_inference_steps: int | None = None
     """Sampling steps; null takes the adapter's, or the model's own."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; null takes the adapter's, or the model's own."""
+    """Classifier-free guidance, 1 is none; null takes the adapter's, or the model's own."""
     output_dir: str = MISSING
     """Folder to write the music into."""
     format: AudioFormat = AudioFormat.flac
@@ -282,22 +296,49 @@ class GenerateConfig:
     tile_seconds: float = MISSING
     """Length of music that the VAE decodes at once; memory grows with it, the result does not change."""
     offload: bool | None = None
-    """Keep on the GPU only the model that is at work; null does so on cards below 16 GB."""
+    """Bring the transformer to the GPU layer by layer; null does so for XL models on cards below 16 GB."""
     device: Device = Device.auto
     """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
     precision: Precision = Precision.auto
-    """auto is bf16 on a GPU and fp32 on a CPU."""
+    """auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
 
     def __post_init__(self) -> None:
-        above_zero(self, "seconds", "shift", "guidance_scale")
-        at_least(1, self, "num_inference_steps", "bpm")
+        self.adapter_dir, self.scale = self._adapters()
+        above_zero(self, "seconds", "shift")
+        if self.seconds > 600:
+            raise UserError(f"seconds={self.seconds:g} is more than ACE-Step makes; use seconds=600 or less")
+        at_least(1, self, "num_inference_steps", "guidance_scale", "bpm")
         filled(self, "prompt", "checkpoint_dir", "output_dir", "language")
-        if not self.seeds:
-            raise UserError("seeds is empty; type at least one, as in seeds=[0]")
-        if any(seed < 0 for seed in self.seeds):
-            raise UserError(f"seeds={self.seeds} must not be negative")
+        one_line(self, "keyscale", "timesignature", "language", "checkpoint_dir", "output_dir")
+        self.seeds = _as_list(self.seeds)
+        if not self.seeds or not all(type(seed) is int and 0 <= seed < 2**63 for seed in self.seeds):
+            raise UserError(f"seeds={self.seeds} must be whole numbers from 0 to 2**63 - 1, at least one: seeds=[0,1]")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds={self.seeds} has the same seed twice, which would make the same music twice")
         if self.tile_seconds < 5:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
+        if self.device is Device.cpu and self.precision is Precision.fp16:
+            raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
+
+    def _adapters(self) -> tuple[list[str], list[float]]:
+        """Make lists of one length of ``adapter_dir`` and ``scale``."""
+        folders = _as_list(self.adapter_dir)
+        if not all(isinstance(folder, str) and folder.strip() for folder in folders):
+            raise UserError(f"adapter_dir={self.adapter_dir} must be a folder, or a list: [first/final,other/final]")
+        scales = _as_list(self.scale)
+        if not all(type(scale) in (int, float) and math.isfinite(scale) for scale in scales):
+            raise UserError(f"scale={self.scale} must be a number, or a list with one per adapter: [1.0,0.5]")
+        if not folders and scales != [1.0]:
+            raise UserError(f"scale={self.scale} has no effect without adapter_dir; leave it out or name an adapter")
+        if not isinstance(self.scale, list):
+            scales = scales * len(folders)
+        if len(scales) != len(folders):
+            raise UserError(f"scale has {len(scales)} numbers for {len(folders)} adapters; give one for each")
+        return folders, [float(scale) for scale in scales]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
 
 
 class ExportFormat(StrEnum):
@@ -331,12 +372,18 @@ class ExportConfig:
     """Folder that holds the ACE-Step checkpoints, for format=merged and for adapters that depend on the weights."""
     device: Device = Device.auto
     """Where the arithmetic is done: auto, cpu, cuda or mps."""
+    measure_output: bool = True
+    """After a conversion, run the base model, if it is there, to say what is lost in its output; float32."""
 
     def __post_init__(self) -> None:
         filled(self, "adapter_dir", "checkpoint_dir")
         at_least(1, self, "rank")
         if not 0 < self.max_error < 1:
             raise UserError(f"max_error={self.max_error} must be above 0 and below 1")
+        if self.scale == 0:
+            raise UserError("scale=0 would write an adapter that does nothing; type another number")
+        if self.rank is not None and self.format is ExportFormat.merged:
+            raise UserError(f"rank={self.rank} has no effect on format=merged, which is exact; leave it out")
 
 
 @root("inspect_schema")
@@ -355,6 +402,12 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         filled(self, "adapter_dir", "checkpoint_dir")
+
+
+def check_excerpt(key: str, seconds: float | None) -> None:
+    """Refuse an excerpt shorter than one patch of the transformer, 0.08 s; null passes."""
+    if seconds is not None and not 0.08 <= seconds < float("inf"):
+        raise UserError(f"{key}={seconds} must be at least 0.08 seconds")
 
 
 def at_least(least: int, config: object, *keys: str) -> None:

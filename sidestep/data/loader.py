@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from sidestep.data.dataset import Batch, SongDataset, collate
 
 READ_AHEAD = 4
 
 
-def read_batches(dataset: SongDataset, micro_batches: Iterable[list[int]], *, pin_memory: bool) -> Generator[Batch]:
+def read_batches(dataset: SongDataset, micro_batches: Iterable[list[int]], *, device: torch.device) -> Generator[Batch]:
     """Read micro-batches in order, a few ahead of the one that is asked for.
 
     One thread is enough, since a song is a slice of a memory-mapped file. Worker processes would each receive the
@@ -21,14 +23,18 @@ def read_batches(dataset: SongDataset, micro_batches: Iterable[list[int]], *, pi
     Args:
         dataset: the excerpt at each position.
         micro_batches: the positions of each batch.
-        pin_memory: make the copy to a GPU asynchronous.
+        device: where batches will go; for a GPU they are made ready for an asynchronous copy.
     """
 
     def read(positions: list[int]) -> Batch:
         batch = collate([dataset[position] for position in positions])
-        return batch.pin_memory() if pin_memory else batch
+        return batch.pin_memory() if device.type == "cuda" else batch
 
-    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-songs")
+    def begin() -> None:
+        if device.type == "cuda":  # a thread begins on GPU 0, whichever this process uses
+            torch.cuda.set_device(device)
+
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-songs", initializer=begin)
     ahead: deque[Future[Batch]] = deque()
     try:
         for positions in micro_batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from sidestep.acestep.conditioning import context_latents
 from sidestep.adapters import Adapter
-from sidestep.adapters.files import attach_saved
+from sidestep.adapters.files import attach_saved, read_adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.dataset import Example, SongDataset
 from sidestep.errors import UserError
@@ -32,6 +33,7 @@ def verify_saved(folder: Path, adapter: Adapter, transformer: nn.Module, example
     Raises:
         UserError: if the files give something else than the trained adapter, or nothing at all.
     """
+    _check_tensors(read_adapter(folder).modules, adapter.baked())
     transformer.eval()
     trained = _probe(transformer, example, silence)
     adapter.detach()
@@ -45,12 +47,28 @@ def verify_saved(folder: Path, adapter: Adapter, transformer: nn.Module, example
             "the trained adapter does not change the model's output at all; "
             "train longer or with a higher optim.lr; checkpoints are kept"
         )
+    # in bf16 two ways of computing the same thing differ by some roundings of the output
     rounding = 8 * torch.finfo(next(transformer.parameters()).dtype).eps * base.abs().max().item()
     if error > 0.05 * effect + rounding:
         raise UserError(
             f"the saved adapter does not give what was trained: outputs differ by {error:.3g}, where the adapter's "
             f"own effect is {effect:.3g}; checkpoints are kept; please report this"
         )
+
+
+def _check_tensors(saved: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Compare every tensor that a player would read with what was trained, both with the scale multiplied in.
+
+    Outputs alone would not tell half a young adapter from a whole one where the model computes in bf16.
+    """
+    for path, leaves in trained.items():
+        for leaf, tensor in leaves.items():
+            read = saved.get(path, {}).get(leaf)
+            if read is None or not torch.allclose(read, tensor.detach().float().cpu(), rtol=1e-5, atol=1e-12):
+                raise UserError(
+                    f"the saved adapter does not hold what was trained at {path}.{leaf}; checkpoints are kept; "
+                    f"please report this"
+                )
 
 
 @torch.no_grad()
@@ -75,22 +93,7 @@ def write_card(folder: Path, config: TrainConfig, dataset: SongDataset, step: in
     """Write README.md beside the adapter: what it is, where to load it, with which shift and steps."""
     variant = config.model_variant
     tags = ", ".join(f"`{tag}`" for tag in dataset.info.settings["custom_tags"])
-    files = sorted(path.name for path in folder.iterdir())
-    is_lora = "adapter_config.json" in files
     trigger = [f"- Trigger word: put {tags} into the prompt."] if tags else []
-    if is_lora:
-        where = [
-            "- ACE-Step: load this folder (the one that holds `adapter_config.json`) as a LoRA.",
-            "- diffusers: `pipeline.load_lora_weights(<this folder>)`.",
-            "- ComfyUI: put `adapter_model.safetensors` into its LoRA folder.",
-            "",
-            "The strength it was trained at is part of the weights, so all of them play it the same at 1.0.",
-        ]
-    else:
-        where = [
-            f"- ACE-Step: load `{files[0]}`.",
-            f"- ComfyUI: put `{files[0]}` into its LoRA folder.",
-        ]
     lines = [
         f"# Adapter for ACE-Step 1.5 {variant.name}",
         "",
@@ -103,7 +106,9 @@ def write_card(folder: Path, config: TrainConfig, dataset: SongDataset, step: in
         "",
         "## Where to load it",
         "",
-        *where,
+        *config.adapter.players(),
+        "",
+        "The strength it was trained at is part of the file, so play it at 1.0.",
         "",
         "In ACE-Step, switch quantisation of the model off: adapters are added to full weights.",
         "",

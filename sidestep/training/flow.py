@@ -135,7 +135,10 @@ def draw_noising(latents: Tensor, timesteps: TimestepConfig, condition_dropout: 
     dropped = torch.rand(len(latents), generator=generator) < condition_dropout
     noise = torch.randn(latents.shape, generator=generator)
     t = timesteps.sample(len(latents), generator)
-    return Noising(*(draw.to(device, non_blocking=True) for draw in (dropped, noise, t)))
+    draws = [dropped, noise, t]
+    if device.type == "cuda":  # a copy from ordinary memory would wait for the GPU
+        draws = [draw.pin_memory() for draw in draws]
+    return Noising(*(draw.to(device, non_blocking=True) for draw in draws))
 
 
 def noisy_latents_and_velocity(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,28 +5,30 @@ Shapes: B batch, T latent frames, L condition tokens, D their width.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
-from sidestep.acestep.conditioning import context_latents
-from sidestep.acestep.padding import PaddingMasks
+from sidestep.acestep.attention import WindowedAttention
 from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
-from sidestep.data.sampler import MicroBatchSampler
 from sidestep.errors import UserError
+from sidestep.files import alone_in
 from sidestep.seeds import derive_seed
-from sidestep.training.flow import draw_noising
+from sidestep.training.diagnosis import explain_bad_step
+from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
 from sidestep.training.run import Run, open_run
+from sidestep.training.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -48,28 +50,46 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
     run = open_run(config, output_dir, choices)
     if run.finished_loss is not None:
         return run.finished_loss
-    try:
-        return _train(run)
-    except BaseException as error:
-        run.fail(error)
-        raise
-    finally:  # a sweep runs in one process, and Accelerate keeps the first run's precision otherwise
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    with alone_in(output_dir) if run.process == 0 else nullcontext():
+        try:
+            return _train(run)
+        except torch.OutOfMemoryError as error:
+            run.fail(error)
+            raise UserError(
+                f"the device ran out of memory ({' '.join(str(error).split())[:120]}); checkpoints are kept; "
+                f"use a smaller max_seconds than {run.memory.max_seconds:g}, vram_profile.gradient_checkpointing=true, "
+                f"or vram_profile.batch_size=1, under another name=..."
+            ) from error
+        except BaseException as error:
+            run.fail(error)
+            raise
+        finally:
+            # a sweep runs in one process: Accelerate would keep the first run's precision, and the model's patched
+            # forward, which refers to itself, the first run's weights
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
 
 def _train(run: Run) -> float:
     config, memory = run.config, run.memory
     accelerator = make_accelerator(run.precision, run.device)
+    device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     start = run.find_start()
-    transformer = run.checkpoint.load_transformer(device=accelerator.device, dtype=run.dtype)
+    initial = run.read_initial() if start is None else None
+    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype)
     if memory.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
+    if initial is not None:
+        adapter.start_from(initial)
     describe_adapter(adapter, transformer)
     parameters = list(adapter.parameters())
-    masks = PaddingMasks(transformer)
+    attention = WindowedAttention(transformer)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
     if start is not None:
         adapter.load_state_dict(start.adapter)
@@ -78,58 +98,66 @@ def _train(run: Run) -> float:
             accelerator.scaler.load_state_dict(start.scaler)
     first_step = start.step if start is not None else 0
 
-    silence = run.checkpoint.silence().to(accelerator.device)
-    null_condition = run.checkpoint.null_condition().to(accelerator.device)
-    timesteps = config.timesteps.with_defaults(run.checkpoint.config.timestep_mu, run.checkpoint.config.timestep_sigma)
-    order = MicroBatchSampler(
-        first_step=first_step,
-        last_step=run.num_steps,
-        batch_size=memory.batch_size,
-        accumulation=memory.gradient_accumulation_steps,
-        process=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+    forward = Forward(
+        model,
+        attention,
+        objective=config.objective,
+        timesteps=run.timesteps,
+        condition_dropout=config.condition_dropout,
+        silence=run.silence.to(device),
+        null_condition=run.null_condition.to(device),
+        seed=config.seed,
     )
-    batches = read_batches(run.dataset, order, pin_memory=accelerator.device.type == "cuda")
-    smoothed_loss = start.smoothed_loss if start is not None else None
+    order = run.micro_batches(first_step, run.num_steps, accelerator.process_index)
+    batches = read_batches(run.dataset, order, device=device)
+    steps = StepLog(run, accelerator, first_step, start.smoothed_loss if start is not None else None)
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process and step > first_step:
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, accelerator.scaler)
+
+    # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
+    max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
     model.train()
     run.begin(first_step)
-    with closing(batches), StepLog(run, accelerator, first_step, smoothed_loss) as steps:
+    with StopSignals() as stop, closing(batches), steps:
         for step in range(first_step, run.num_steps):
             lr = config.optim.lr * config.schedule.factor(step, run.num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = torch.zeros((), device=accelerator.device)
+            loss = torch.zeros((), device=device)
             for micro_batch in range(memory.gradient_accumulation_steps):
-                batch = next(batches).to(accelerator.device)
+                batch = next(batches).to(device)
                 index = micro_batch * accelerator.num_processes + accelerator.process_index
-                generator = seed_micro_batch(config.seed, step, index)
-                noising = draw_noising(batch.latents, timesteps, config.condition_dropout, generator)
-                masks.set(batch.frame_mask, batch.condition_mask)
-                context = context_latents(silence, batch.latents.shape[1])
                 is_last = micro_batch + 1 == memory.gradient_accumulation_steps
                 with nullcontext() if is_last else accelerator.no_sync(model):
-                    losses = config.objective.loss(
-                        predict_velocity(model, context),
-                        batch.latents,
-                        batch.condition.float(),
-                        null_condition,
-                        noising,
-                        batch.frame_mask,
-                    )
+                    losses, t = forward(batch, step, index)
                     micro_loss = losses.mean() / memory.gradient_accumulation_steps
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
-                steps.saw_times(noising.t)
+                steps.saw_times(t)
+                if stop.received is not None:  # the unfinished step is done again when the run goes on
+                    steps.flush()
+                    save(step)
+                    raise Interrupted(stop.received)
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
-            optimizer.step()
+            update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
             steps.add(step + 1, loss, grad_norm, lr)
-            if run.checkpoint_name(step + 1) or (step + 1) % config.log_every_steps == 0:
+            saves = run.checkpoint_name(step + 1) is not None
+            if saves or (step + 1) % config.log_every_steps == 0:
                 steps.flush()
-            if accelerator.is_main_process and run.checkpoint_name(step + 1):
-                run.save_checkpoint(step + 1, steps.smoothed_loss, adapter, optimizer, accelerator.scaler)
-    masks.remove()
+            if steps.num_bad >= max_bad_steps:  # they changed nothing, so the state is that before the first
+                save(step + 1 - steps.num_bad)
+                raise UserError(
+                    f"{steps.num_bad} steps in a row, up to step {step + 1}, had a loss or gradient that is not "
+                    f"finite, and changed nothing; {explain_bad_step(step, forward, run, adapter, accelerator)}; "
+                    f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."
+                )
+            if saves:
+                save(step + 1)
+    attention.remove()
     if accelerator.is_main_process:
         with accelerator.autocast():
             run.finish(adapter, transformer, steps.smoothed_loss)
@@ -143,6 +171,13 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
         UserError: if a launcher started several processes that do not see each other.
     """
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
+    if accelerator.gradient_accumulation_steps != 1:  # Accelerate reads it from the environment
+        raise UserError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment and would scale gradients a second time; "
+            "unset it and use vram_profile.gradient_accumulation_steps"
+        )
+    if not accelerator.is_main_process:
+        logging.getLogger("sidestep").setLevel(logging.WARNING)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UserError(
@@ -152,41 +187,20 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     return accelerator
 
 
-def seed_micro_batch(seed: int, step: int, index: int) -> torch.Generator:
-    """Make every draw of a micro-batch depend on nothing but these three numbers.
-
-    A continued run then repeats what an unbroken one would have drawn, and two GPUs draw what one GPU with twice the
-    accumulation would.
-
-    Returns:
-        A CPU generator for noise, times and condition dropout; the adapter's dropout draws from the global one.
-    """
-    torch.manual_seed(derive_seed(seed, "dropout", step, index))
-    return torch.Generator().manual_seed(derive_seed(seed, "noise", step, index))
-
-
-def predict_velocity(model: nn.Module, context: Tensor) -> Any:
-    """Give the transformer the form that an objective calls.
+def update_unless_bad(optimizer: AcceleratedOptimizer, grad_norm: Tensor, scaler: torch.amp.GradScaler | None) -> None:
+    """Apply the gradient if it is finite, without waiting for the device where the optimiser can decide there.
 
     Args:
-        model: the transformer.
-        context: (T, 128), the same for every example of a batch.
-
-    Returns:
-        A function of noisy latents (B, T, C), times (B,) and condition (B, L, D) that gives the velocity (B, T, C).
+        optimizer: prepared by Accelerate.
+        grad_norm: of all gradients, before clipping; a scalar on the device, not finite if any gradient is not.
+        scaler: of fp16, which decides by itself.
     """
-
-    def predict(noisy_latents: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        return model(
-            hidden_states=noisy_latents,
-            timestep=t,
-            timestep_r=t,  # the mean-flow input, which ACE-Step sets equal to t in training and sampling
-            encoder_hidden_states=condition,
-            context_latents=context.expand(len(noisy_latents), -1, -1),
-            return_dict=False,
-        )[0]
-
-    return predict
+    inner = optimizer.optimizer
+    if scaler is None and hasattr(inner, "_step_supports_amp_scaling"):  # torch's fused optimisers
+        inner.grad_scale, inner.found_inf = None, (~grad_norm.isfinite()).float()
+        optimizer.step()
+    elif scaler is not None or grad_norm.isfinite():
+        optimizer.step()
 
 
 def describe_adapter(adapter: Adapter, transformer: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Self
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from sidestep.errors import UserError
 from sidestep.training.tracking import Progress, StepMetrics, Tracker, peak_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sidestep.training.run import Run
+
+log = logging.getLogger(__name__)
 
 SMOOTHING = 0.98
 
@@ -33,6 +35,8 @@ class StepLog:
     def __init__(self, run: Run, accelerator: Accelerator, first_step: int, smoothed_loss: float | None) -> None:
         self.run, self.accelerator = run, accelerator
         self.is_main = accelerator.is_main_process
+        self.num_bad = 0
+        """Steps in a row, up to the last flushed one, that were not finite and changed nothing."""
         self._smoothed = smoothed_loss
         self._pending: list[tuple[int, Tensor, Tensor, float]] = []
         self._times: list[Tensor] = []
@@ -57,31 +61,24 @@ class StepLog:
             self._progress.advance()
 
     def flush(self) -> None:
-        """Fetch what is pending from the device and write it.
-
-        Raises:
-            UserError: if a loss or gradient is not finite.
-        """
+        """Fetch what is pending from the device and write it; afterwards ``num_bad`` is up to date."""
         if not self._pending:
             return
         steps, losses, grad_norms, lrs = zip(*self._pending, strict=True)
         numbers = torch.stack([torch.stack(losses), torch.stack(grad_norms).float()])  # (2, steps)
         numbers[0] = self.accelerator.reduce(numbers[0], "mean")
         seconds = (time.monotonic() - self._last_flush) / len(steps)
-        metrics = None
         for step, loss, grad_norm, lr in zip(steps, *numbers.tolist(), lrs, strict=True):
-            if not math.isfinite(loss) or (not math.isfinite(grad_norm) and self.accelerator.scaler is None):
-                what = "loss" if not math.isfinite(loss) else "gradient norm"
-                value = loss if not math.isfinite(loss) else grad_norm
-                raise UserError(
-                    f"the {what} became {value} at step {step}; checkpoints before it are unharmed; "
-                    f"continue with a lower optim.lr than {lr:g} under another name=..."
-                )
-            self._smoothed = smooth(self._smoothed, loss, step)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self._smoothed = smooth(self._smoothed, loss, step)
+                self.num_bad = 0
+            else:
+                self.num_bad += 1
+                log.warning("step %d: loss %s, gradient norm %s; it changed nothing", step, loss, grad_norm)
             metrics = StepMetrics(step, round(self.run.epoch_at(step), 4), loss, grad_norm, lr, seconds)
             if self.is_main:
                 self._tracker.record(metrics)
-        if self.is_main and metrics is not None:
+        if self.is_main:
             self._tracker.record_timesteps(torch.cat(self._times), metrics.step)
             self._tracker.flush()
             self._progress.show(metrics, peak_memory(self.accelerator.device))

@@ -29,7 +29,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise UserError(f"optim.lr={self.lr} must be above 0, for example optim.lr=1e-4")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise UserError(f"optim.weight_decay={self.weight_decay} must not be negative")
         if not self.max_grad_norm > 0:
             raise UserError(f"optim.max_grad_norm={self.max_grad_norm} must be above 0")

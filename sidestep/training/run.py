@@ -9,6 +9,7 @@ outputs/<name>/<run>/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -18,18 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
-from sidestep.adapters import Adapter
+from sidestep.adapters import Adapter, SavedAdapter
+from sidestep.adapters.files import fingerprint_adapter, read_adapter
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
-from sidestep.data.sampler import FRAMES_PER_SECOND
+from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
-from sidestep.files import replacing_folder
+from sidestep.files import hashes_of, replacing_folder
 from sidestep.training.final import verify_saved, write_card
+from sidestep.training.flow import TimestepConfig
+from sidestep.training.signals import Interrupted
 from sidestep.training.state import (
     TrainingState,
     check_same_settings,
@@ -37,9 +41,10 @@ from sidestep.training.state import (
     checkpoints_by_step,
     load_checkpoint,
     newest_checkpoint,
+    remove_old_checkpoints,
     save_checkpoint,
 )
-from sidestep.training.tracking import RunRecord, now, versions
+from sidestep.training.tracking import RunRecord, now, read_record, versions
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +64,16 @@ class Run:
     """Of the frozen base model."""
     memory: MemorySettings
     checkpoint: Checkpoint
+    silence: Tensor
+    """The checkpoint's latents of silence, (S, 64)."""
+    null_condition: Tensor
+    """The checkpoint's learned empty condition, (1, D)."""
     dataset: SongDataset
+    process: int
     num_processes: int
     record: RunRecord
+    init_fingerprint: str | None = None
+    """Hash of the adapter that init_from names."""
     finished_loss: float | None = None
     """The result, if the run was finished before."""
 
@@ -84,6 +96,23 @@ class Run:
         by_steps = math.inf if self.config.max_steps is None else self.config.max_steps
         return int(min(by_epochs, by_steps))
 
+    @property
+    def timesteps(self) -> TimestepConfig:
+        """The distribution of times, with what was left null taken from the checkpoint."""
+        model = self.checkpoint.config
+        return self.config.timesteps.with_defaults(model.timestep_mu, model.timestep_sigma)
+
+    def micro_batches(self, first_step: int, last_step: int, process: int) -> MicroBatchSampler:
+        """The positions of each micro-batch of one process."""
+        return MicroBatchSampler(
+            first_step=first_step,
+            last_step=last_step,
+            batch_size=self.memory.batch_size,
+            accumulation=self.memory.gradient_accumulation_steps,
+            process=process,
+            num_processes=self.num_processes,
+        )
+
     def step_at_epoch(self, epoch: int) -> int:
         """The first step at whose end every song was seen ``epoch`` times."""
         return math.ceil(epoch * len(self.dataset.songs) / self.songs_per_step)
@@ -93,12 +122,16 @@ class Run:
         return step * self.songs_per_step / len(self.dataset.songs)
 
     def checkpoint_name(self, step: int) -> str | None:
-        """Name of the checkpoint to write at the end of a step, or None."""
-        epoch = int(self.epoch_at(step))
-        ends_epoch = epoch > 0 and self.step_at_epoch(epoch) == step
+        """Name of the checkpoint to write at the end of a step, or None.
+
+        A step larger than the dataset ends several epochs at once; it is named after the last of them that is due.
+        """
+        before, after = int(self.epoch_at(step - 1)), int(self.epoch_at(step))
         every_epochs, every_steps = self.config.save_every_epochs, self.config.save_every_steps
-        if ends_epoch and (step == self.num_steps or (every_epochs is not None and epoch % every_epochs == 0)):
-            return f"epoch_{epoch}"
+        if after > before and step == self.num_steps:
+            return f"epoch_{after}"
+        if every_epochs is not None and after // every_epochs > before // every_epochs:
+            return f"epoch_{after // every_epochs * every_epochs}"
         if step == self.num_steps or (every_steps is not None and step % every_steps == 0):
             return f"step_{step}"
         return None
@@ -119,8 +152,10 @@ class Run:
             "max_seconds": self.memory.max_seconds,
             "vram_profile.batch_size": self.memory.batch_size,
             "micro_batches_per_step": self.memory.gradient_accumulation_steps * self.num_processes,
-            "dataset": self.dataset.fingerprint(),
-            "checkpoint": self.checkpoint.fingerprint("transformer"),
+            "dataset": self.record.dataset["fingerprint"],
+            "checkpoint": self.record.model["fingerprint"],
+            "checkpoint_constants": self.record.model["constants"],
+            "init_from": self.init_fingerprint,
         }
         return json.loads(json.dumps(settings))  # enums become plain values
 
@@ -132,23 +167,17 @@ class Run:
         """
         config = self.config
         newest = newest_checkpoint(self.output_dir)
-        if config.resume is Resume.never and newest is not None:
-            raise UserError(
-                f"resume=never, but {newest[0]} exists; give this run another name=..., or leave resume out"
-            )
         folder, state = newest if newest is not None else (None, None)
         if config.resume_from is not None:
             wanted = checkpoint_folder(Path(config.resume_from))
-            is_own = wanted.resolve().parent.parent == self.output_dir.resolve()
-            if is_own or folder is None:
+            goes_back = self._is_own(wanted) and not self._went_back_to(wanted)
+            if goes_back or folder is None:
                 folder, state = wanted, load_checkpoint(wanted)
             else:
-                log.info("this run has checkpoints of its own, which go on from resume_from=%s", config.resume_from)
-            if is_own:
-                self._set_aside_after(state.step)  # type: ignore[union-attr]
+                log.info("resume_from=%s was done before; going on from the newest checkpoint", config.resume_from)
         if folder is None or state is None:
             return None
-        check_same_settings(state.settings, self.training_settings(), folder)
+        check_same_settings(state.settings, self.record.settings, folder)
         if state.step > self.num_steps:
             raise UserError(
                 f"{folder} is at step {state.step}, past the {self.num_steps} steps of max_epochs={config.max_epochs} "
@@ -165,10 +194,46 @@ class Run:
             )
         log.info("continuing from %s at step %d", folder, state.step)
         self.record.resumed_from = str(folder)
+        if config.resume_from is not None and self._is_own(folder) and self.process == 0:
+            # only now that nothing can be refused any more
+            self._set_aside_after(state.step)
+            self.record.went_back_to = str(Path(config.resume_from).resolve())
+            self.record.write()
         return state
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().parent.parent == self.output_dir.resolve()
+
+    def _went_back_to(self, checkpoint: Path) -> bool:
+        """Whether the same command went back to this checkpoint before, so that now it goes on from there."""
+        return checkpoint_folder(Path(self.record.went_back_to)) == checkpoint if self.record.went_back_to else False
+
+    def read_initial(self) -> SavedAdapter | None:
+        """Read the adapter that a new run starts from, if one is named.
+
+        Raises:
+            UserError: if it cannot be read, or is of another family than the run.
+        """
+        if self.config.init_from is None:
+            return None
+        saved = read_adapter(Path(self.config.init_from))
+        saved.require_family(self.config.adapter)
+        log.info("starting from the weights of %s", saved.path)
+        return saved
 
     def begin(self, first_step: int) -> None:
         """Write down that training starts."""
+        if self.process != 0:
+            return
+        if first_step == self.num_steps:
+            log.info("all %d steps are done; writing %s again", self.num_steps, self.output_dir / "final")
+        if self.config.schedule.warmup_steps >= self.num_steps:
+            log.warning(
+                "schedule.warmup_steps=%d is no shorter than the run of %d steps, so the full learning rate is never "
+                "reached",
+                self.config.schedule.warmup_steps,
+                self.num_steps,
+            )
         seconds = sum(song.num_frames for song in self.dataset.songs) / FRAMES_PER_SECOND
         log.info(
             "%d songs, %.1f minutes; steps %d to %d of %d songs each, %g epochs; %s on %s",
@@ -195,13 +260,15 @@ class Run:
             adapter=adapter.state_dict(),
             optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else {},
-            settings=self.training_settings(),
+            settings=self.record.settings,
         )
-        folder = self.output_dir / "checkpoints" / str(self.checkpoint_name(step))
+        folder = self.output_dir / "checkpoints" / (self.checkpoint_name(step) or f"step_{step}")
         save_checkpoint(folder, state, lambda partial: adapter.save(partial, self.metadata(step)))
         self.record.step, self.record.smoothed_loss = step, smoothed_loss
         self.record.write()
         log.info("saved %s", folder)
+        if self.config.keep_last is not None:
+            remove_old_checkpoints(self.output_dir, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
 
     def finish(self, adapter: Adapter, transformer: nn.Module, smoothed_loss: float) -> None:
         """Write final/, after checking that the files in it give what was trained.
@@ -214,8 +281,9 @@ class Run:
             adapter.save(partial, self.metadata(self.num_steps))
             write_card(partial, self.config, self.dataset, self.num_steps, self.epoch_at(self.num_steps))
             example = self.dataset[0]
-            verify_saved(partial, adapter, transformer, example, self.checkpoint.silence())
+            verify_saved(partial, adapter, transformer, example, self.silence)
         record = self.record
+        record.final = hashes_of(final)
         record.status, record.finished = "finished", now()
         record.step, record.smoothed_loss, record.error = self.num_steps, smoothed_loss, ""
         record.write()
@@ -224,8 +292,9 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """Write down why the run stopped, if it had begun; a refused command leaves the folder as it was."""
-        if self.record.status == "running":
-            self.record.status, self.record.error = "failed", f"{type(error).__name__}: {error}"
+        if self.record.status == "running" and self.process == 0:
+            self.record.status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            self.record.error = f"{type(error).__name__}: {error}"
             self.record.write()
 
     def metadata(self, step: int) -> dict[str, str]:
@@ -237,8 +306,9 @@ class Run:
             "num_inference_steps": config.num_inference_steps,
             "guidance_scale": variant.guidance_scale,
             "custom_tags": self.dataset.info.settings["custom_tags"],
-            "checkpoint": self.checkpoint.fingerprint("transformer"),
-            "dataset": self.dataset.fingerprint(),
+            "checkpoint": self.record.model["fingerprint"],
+            "dataset": self.record.dataset["fingerprint"],
+            "init_from": self.init_fingerprint,
             "step": step,
             "epoch": round(self.epoch_at(step), 4),
             "config": {key: value for key, value in asdict(config).items() if key not in PATHS},
@@ -271,13 +341,20 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
     dataset = SongDataset(Path(config.dataset_dir), max_seconds=memory.max_seconds, seed=config.seed)
     check_dataset_fits(dataset, checkpoint)
+    silence = checkpoint.silence()
+    previous = read_record(output_dir / "run.json")
     record = RunRecord(
         output_dir / "run.json",
         choices={group: option for group, option in choices.items() if not group.startswith("hydra/")},
         config=asdict(config),
-        model={"folder": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint("transformer")},
+        model={
+            "folder": str(checkpoint.folder),
+            "fingerprint": checkpoint.fingerprint("transformer"),
+            "constants": _hash(asdict(checkpoint.config), silence.numpy().tobytes()),
+        },
         dataset={"folder": str(dataset.folder), "fingerprint": dataset.fingerprint(), "num_songs": len(dataset.songs)},
         versions=versions(),
+        went_back_to=str(previous.get("went_back_to", "")),
     )
     run = Run(
         config=config,
@@ -287,12 +364,18 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         dtype=resolve_dtype(precision, device),
         memory=memory,
         checkpoint=checkpoint,
+        silence=silence,
+        null_condition=checkpoint.null_condition(),
         dataset=dataset,
+        process=int(os.environ.get("RANK", "0")),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         record=record,
+        init_fingerprint=_init_fingerprint(config, previous),
     )
     record.settings = run.training_settings()
-    run.finished_loss = _finished_loss(run)
+    if config.resume is Resume.never and (before := checkpoints_by_step(output_dir)):
+        raise UserError(f"resume=never, but {before[0]} exists; give this run another name=..., or leave resume out")
+    run.finished_loss = _finished_loss(run, previous)
     return run
 
 
@@ -311,22 +394,37 @@ def check_dataset_fits(dataset: SongDataset, checkpoint: Checkpoint) -> None:
         )
 
 
-def _finished_loss(run: Run) -> float | None:
-    """The result of a run that was finished before with the same settings and length."""
-    path = run.output_dir / "run.json"
-    if not path.is_file() or not (run.output_dir / "final").is_dir() or run.config.resume_from is not None:
+def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | None:
+    """The hash of the adapter to start from; if it is gone, as the run that was started from it remembers it."""
+    if config.init_from is None:
         return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["status"] != "finished" or saved["step"] != run.num_steps:
+    remembered = previous.get("settings", {}).get("init_from")
+    if remembered is None or Path(config.init_from).exists():
+        return fingerprint_adapter(Path(config.init_from))
+    return str(remembered)
+
+
+def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
+    """The result of a run that was finished before, if nothing about it would be different now."""
+    final = run.output_dir / "final"
+    if previous.get("status") != "finished" or previous.get("step") != run.num_steps:
+        return None
+    resume_from = run.config.resume_from
+    if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
+        return None
+    check_same_settings(previous["settings"], run.record.settings, run.output_dir)
+    for key in ("shift", "num_inference_steps"):
+        if previous["config"][key] != (now_set := getattr(run.config, key)):
+            log.info("%s=%s was %s; %s is written again", key, now_set, previous["config"][key], final)
             return None
-        check_same_settings(saved["settings"], run.record.settings, run.output_dir)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be understood ({error}); delete it to go on from the checkpoints") from error
-    log.info(
-        "%s is finished at step %d; the adapter is in %s; raise max_epochs to train on",
-        run.output_dir,
-        run.num_steps,
-        run.output_dir / "final",
-    )
-    return float(saved["smoothed_loss"])
+    if not final.is_dir() or hashes_of(final) != previous["final"]:
+        log.warning("%s is not as it was written; it is made again from the last checkpoint", final)
+        return None
+    limit = "max_epochs" if run.config.max_steps is None else "max_steps"
+    log.info("%s is finished at step %d; raise %s to train on", run.output_dir, run.num_steps, limit)
+    log.info("the adapter is in %s; next: see %s for where to load it", final, final / "README.md")
+    return float(previous["smoothed_loss"])
+
+
+def _hash(values: dict[str, Any], data: bytes) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + data).hexdigest()[:16]

@@ -32,10 +32,10 @@ class ScheduleConfig:
         """Factor on the learning rate of step ``step`` (counted from 0) of ``num_steps``."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        return self.after_warmup((step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        return self.after_warmup((step - self.warmup_steps) / max(1, num_steps - 1 - self.warmup_steps))
 
     def after_warmup(self, progress: float) -> float:
-        """Factor when the share ``progress`` of the steps after the warm-up is done."""
+        """Factor at ``progress``, which goes from 0 at the first step after the warm-up to 1 at the last step."""
         raise UserError("no schedule chosen; use for example schedule=constant")
 
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sidestep.errors import UserError
-from sidestep.files import describe, replacing_folder, sha256_of
+from sidestep.files import describe, discarding, replacing_folder, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +54,31 @@ def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> N
         state: what to continue from.
         write_adapter: called with a folder to write the adapter's player-ready files into.
     """
-    with replacing_folder(folder) as partial:
-        write_adapter(partial)
-        torch.save({"format": FORMAT, **vars(state)}, partial / STATE)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in sorted(partial.iterdir())
-            if path.is_file()
-        }
-        (partial / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
+    try:
+        with replacing_folder(folder) as partial:
+            write_adapter(partial)
+            torch.save({"format": FORMAT, **vars(state)}, partial / STATE)
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+                for path in sorted(partial.iterdir())
+                if path.is_file()
+            }
+            (partial / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder} cannot be written ({reason}); the checkpoints before it are whole; "
+            f"mend that and type the same command again"
+        ) from error
+
+
+def remove_old_checkpoints(output_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete all checkpoints but the newest ``keep_last`` and those whose number ``keep_every`` divides."""
+    for folder in checkpoints_by_step(output_dir)[keep_last:]:
+        if keep_every is None or int(folder.name.rpartition("_")[2]) % keep_every != 0:
+            with discarding(folder) as doomed:
+                shutil.rmtree(doomed)
+            log.info("removed %s", folder)
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -132,7 +150,7 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 
 
 def _steps(output_dir: Path) -> Iterator[tuple[int, Path]]:
-    for folder in (output_dir / "checkpoints").glob("*_*"):
+    for folder in (output_dir / "checkpoints").glob("*_*[0-9]"):
         if folder.name.startswith("."):
             continue
         try:
@@ -147,6 +165,8 @@ def _verify(folder: Path) -> None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if STATE not in expected:
+        raise UserError(f"{folder / MANIFEST} does not list {STATE}")
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():

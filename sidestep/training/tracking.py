@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import platform
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
 from sidestep.files import write_text
@@ -49,14 +53,15 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = output_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= first_step]
+        kept = [line for line in _lines(self.path) if _step_of(line) <= first_step]
         write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(log_dir), purge_step=first_step + 1)
 
     def record(self, metrics: StepMetrics) -> None:
         """Write one step."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in asdict(metrics).items()}
+        self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         for name in ("loss", "lr", "grad_norm"):
             self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._board.add_scalar("train/seconds_per_step", metrics.seconds, metrics.step)
@@ -81,12 +86,16 @@ class RunRecord:
 
     path: Path
     status: str = ""
-    """running, finished or failed; empty until training begins."""
+    """running, finished, interrupted or failed; empty until training begins."""
     step: int = 0
     num_steps: int = 0
     smoothed_loss: float | None = None
     error: str = ""
     resumed_from: str = ""
+    went_back_to: str = ""
+    """The checkpoint of its own that resume_from took this run back to."""
+    final: dict[str, str] = field(default_factory=dict)
+    """Hash of each file in final/."""
     started: str = ""
     finished: str = ""
     choices: dict[str, str] = field(default_factory=dict)
@@ -103,6 +112,21 @@ class RunRecord:
         """Write the file, replacing what was there."""
         values = {key: value for key, value in asdict(self).items() if key != "path"}
         write_text(self.path, json.dumps(values, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a ``run.json`` as it was written before; empty if there is none, or none that can be read."""
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts = [record["status"], record["step"], record["settings"], record["config"], record["final"]]
+        if not all(isinstance(part, kind) for part, kind in zip(parts, (str, int, dict, dict, dict), strict=True)):
+            raise TypeError("a value has the wrong type")
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be understood (%s); going by the checkpoints alone", path, error)
+        return {}
+    return record
 
 
 def versions() -> dict[str, str]:
@@ -129,10 +153,19 @@ class Progress:
 
     def __init__(self, first_step: int, num_steps: int) -> None:
         self.num_steps = num_steps
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm(
-            total=num_steps, initial=first_step, unit="step", disable=not self.live, dynamic_ncols=True, desc="training"
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            disable=not self.live,
+            dynamic_ncols=True,
+            desc="training",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n}/{total}, {rate_inv_fmt}, {remaining} left{postfix}",
         )
+        # log lines above the bar instead of into it
+        self._redirect: AbstractContextManager[None] = logging_redirect_tqdm() if self.live else nullcontext()
+        self._redirect.__enter__()
         self._started, self._first = time.monotonic(), first_step
 
     def advance(self) -> None:
@@ -159,6 +192,7 @@ class Progress:
         )
 
     def close(self) -> None:
+        self._redirect.__exit__(None, None, None)
         self._bar.close()
 
 
@@ -182,5 +216,12 @@ def peak_memory(device: torch.device) -> str:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]  # a killed run can leave half a line
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _step_of(line: str) -> float:
+    """The step that a line is about; a line that a killed run or a power cut left unreadable is about none."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

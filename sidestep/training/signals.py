@@ -1,0 +1,52 @@
+"""Stopping a run on purpose: a signal asks, the loop answers at a safe place."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+log = logging.getLogger(__name__)
+
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+"""What schedulers and people send; Windows has only the first two."""
+
+
+class Interrupted(BaseException):
+    """A run was stopped by a signal, after saving. Not an ``Exception``, so that a sweep does not go on.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells and schedulers expect.
+    """
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(f"stopped by {received.name}")
+        self.exit_code = 128 + received
+
+
+class StopSignals:
+    """While open, remembers the first signal instead of dying of it; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
+            for name in STOPPING:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        log.info("%s: saving after this micro-batch, then stopping", self.received.name)

@@ -1,0 +1,133 @@
+"""The loop's wiring, against the same steps written out by hand from the facts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.data.dataset import SongDataset
+from sidestep.seeds import derive_seed
+from sidestep.training.state import load_checkpoint
+from tests.factories import run_training, train_config, write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_three_steps_equal_the_same_steps_written_by_hand(tmp_path, checkpoint_dir):
+    """Unequal songs in one batch, accumulation, dropped conditions, clipping, weight decay and a cosine schedule.
+
+    The reference trains on each song alone, so it has no padding and no masks, and draws what ACE-Step's forward
+    draws: dropout, noise, and the larger of two logit-normal times.
+    """
+    data = write_dataset(tmp_path / "data", checkpoint_dir, lengths=[60, 24, 38, 50])
+    settings = (
+        f"checkpoint_dir={checkpoint_dir}",
+        f"dataset_dir={data}",
+        "max_epochs=null",
+        "max_steps=3",
+        "vram_profile.batch_size=3",
+        "vram_profile.gradient_accumulation_steps=2",
+        "condition_dropout=0.5",
+        "schedule=cosine",
+        "schedule.warmup_steps=1",
+        "optim.max_grad_norm=0.05",
+        "optim.weight_decay=0.1",
+        "seed=5",
+    )
+    run_training(tmp_path / "run", *settings)
+
+    config = train_config(*settings)
+    checkpoint = find_checkpoint(checkpoint_dir, config.model_variant)
+    transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
+    torch.manual_seed(derive_seed(5, "adapter"))
+    adapter = config.adapter.attach(transformer)
+    parameters = list(adapter.parameters())
+    silence, null_condition = checkpoint.silence(), checkpoint.null_condition()
+    dataset = SongDataset(data, max_seconds=2, seed=5)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
+    factors = [1.0, 1.0, 0.01]  # warm-up of one step, then half a cosine over two
+    num_dropped = 0
+    for step in range(3):
+        total = torch.zeros(())
+        for micro_batch in range(2):
+            first = (step * 2 + micro_batch) * 3
+            songs = [dataset[first + i] for i in range(3)]
+            longest = max(len(song.latents) for song in songs)
+            draw = torch.Generator().manual_seed(derive_seed(5, "noise", step, micro_batch))
+            dropped = torch.rand(3, generator=draw) < 0.5
+            noise = torch.randn(3, longest, 64, generator=draw)
+            t = torch.maximum(*(torch.sigmoid(torch.randn(3, generator=draw) - 0.4) for _ in range(2)))
+            num_dropped += int(dropped.sum())
+            for i, song in enumerate(songs):
+                length = len(song.latents)
+                noisy = (1 - t[i]) * song.latents + t[i] * noise[i, :length]
+                condition = null_condition.expand(7, -1) if dropped[i] else song.condition
+                context = torch.cat([silence[:length], torch.ones(length, 64)], dim=1)
+                time = t[i : i + 1]
+                velocity = transformer(noisy[None], time, time, condition[None], context[None], return_dict=False)[0]
+                total = total + (velocity[0] - (noise[i, :length] - song.latents)).square().mean() / 6
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.stack([parameter.grad.square().sum() for parameter in parameters]).sum().sqrt()
+        for parameter in parameters:
+            parameter.grad *= min(1.0, 0.05 / (norm.item() + 1e-6))
+        optimizer.param_groups[0]["lr"] = 0.01 * factors[step]
+        optimizer.step()
+
+        logged = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[step])
+        assert logged["loss"] == pytest.approx(total.item(), rel=1e-5)
+        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert logged["lr"] == pytest.approx(0.01 * factors[step])
+    assert 0 < num_dropped < 18
+    trained = load_checkpoint(tmp_path / "run/checkpoints/epoch_4").adapter
+    torch.testing.assert_close(trained, adapter.state_dict(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_finished_run_frees_its_model(tmp_path, checkpoint_dir, dataset_dir, monkeypatch):
+    """In a sweep the next point loads its own."""
+    import weakref
+
+    from sidestep.acestep.checkpoint import Checkpoint
+
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    load = Checkpoint.load_transformer
+
+    def remember(self, **options):
+        transformer = load(self, **options)
+        alive.append(weakref.ref(transformer))
+        return transformer
+
+    monkeypatch.setattr(Checkpoint, "load_transformer", remember)
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
+    run_training(tmp_path / "run", *places, "precision=bf16", "max_epochs=null", "max_steps=1")
+    assert [reference() for reference in alive] == [None]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_two_processes_train_the_adapter_that_one_would(tmp_path, checkpoint_dir, dataset_dir, adapter):
+    settings = [
+        "name=ddp", f"adapter={adapter}", "adapter.rank=2", "model_variant=base", "device=cpu", "optim.lr=0.01",
+        f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=null", "max_steps=6",
+        "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "vram_profile.gradient_checkpointing=false",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    weights = []
+    for processes, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        accumulation = f"vram_profile.gradient_accumulation_steps={4 // processes}"
+        command = [sys.executable, *launcher, "-m", "sidestep.train", *settings, accumulation]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("saved outputs") == 1
+        (path,) = folder.glob("outputs/ddp/*/final/*.safetensors")
+        weights.append(load_file(path))
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)
