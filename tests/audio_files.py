@@ -16,9 +16,10 @@ def write(path, samples, rate=44_100, **options):
     return path
 
 
-def write_with_ffmpeg(path, samples, rate, **options):
-    with av.open(str(path), "w", format={".m4a": "mp4", ".aac": "adts"}[path.suffix], options=options) as container:
-        stream = container.add_stream("aac", rate=rate, layout="stereo")
+def write_with_ffmpeg(path, samples, rate, codec_options=None, **options):
+    file_format, codec = {".m4a": ("mp4", "aac"), ".aac": ("adts", "aac"), ".mp3": ("mp3", "libmp3lame")}[path.suffix]
+    with av.open(str(path), "w", format=file_format, options=options) as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo", options=codec_options or {})
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout="stereo")
         frame.sample_rate = rate
         for packet in [*stream.encode(frame), *stream.encode(None)]:

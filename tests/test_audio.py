@@ -9,7 +9,7 @@ import torch
 
 from sidestep.data.audio import SILENT_PEAK, find_audio, peak, read_audio
 from sidestep.errors import UserError
-from tests.audio_files import write
+from tests.audio_files import write, write_with_ffmpeg
 
 
 def tone(seconds=1.0, rate=44_100, channels=2, hertz=440.0):
@@ -73,13 +73,60 @@ def test_a_wav_written_to_a_pipe_is_not_taken_for_a_damaged_one(tmp_path):
     assert read_audio(path).shape == (2, 48_000)
 
 
-@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a"])
-def test_a_file_cut_short_is_refused(tmp_path, name):
-    path = write(tmp_path / name, tone(3.0) + np.random.default_rng(0).normal(0, 0.1, (132_300, 2)).astype(np.float32))
+def noisy_tone(rate=44_100):
+    noise = np.random.default_rng(0).normal(0, 0.1, (3 * rate, 2)).astype(np.float32)
+    return tone(3.0, rate) + noise
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a.m4a", "a.ogg", "a.opus"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_file_cut_short_is_refused(tmp_path, name, kept):
+    rate = 48_000 if name.endswith("opus") else 44_100
+    path = write(tmp_path / name, noisy_tone(rate), rate)
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[: round(len(whole) * kept)])
     with pytest.raises(UserError, match=rf"{name} (cannot be read as audio|ends early)"):
         read_audio(path)
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.opus"])
+def test_the_last_bytes_of_an_ogg_file_count_only_if_they_are_wanted(tmp_path, name):
+    path = write(tmp_path / name, noisy_tone(48_000), 48_000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="ends early"):
+        read_audio(path)
+    assert read_audio(path, max_seconds=0.5).shape == (2, 24_000)
+
+
+def test_an_mp3_has_the_samples_it_was_made_of_and_a_damaged_frame_does_not_end_it(tmp_path, capfd):
+    path = write(tmp_path / "a.mp3", noisy_tone(48_000), 48_000)
+    whole = path.read_bytes()
+    audio = read_audio(path)
+    assert audio.shape == (2, 144_000)
+    junk = np.random.default_rng(1).integers(0, 255, 400, dtype=np.uint8).tobytes()
+    path.write_bytes(whole[:5_000] + junk + whole[5_400:] + junk)
+    damaged = read_audio(path)
+    assert damaged.shape[1] == pytest.approx(144_000 - 3 * 1_152, abs=100)  # a frame needs bits of those before it
+    assert torch.equal(damaged[:, 60_000:80_000], audio[:, 63_456:83_456])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_mp3_of_changing_bit_rate_without_a_length_is_read_whole(tmp_path):
+    samples = tone(6.0)
+    samples[132_300:] += np.random.default_rng(0).normal(0, 0.2, (132_300, 2)).astype(np.float32)
+    path = tmp_path / "a.mp3"
+    write_with_ffmpeg(path, samples, 44_100, {"global_quality": "472", "flags": "+qscale"}, write_xing="0")
+    assert read_audio(path).shape[1] == pytest.approx(288_000, abs=3_000)
+
+
+def test_a_song_that_does_not_fit_in_memory_is_refused_by_name(tmp_path, monkeypatch):
+    def decode(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("sidestep.data.audio._decode", decode)
+    with pytest.raises(UserError, match=r"a\.wav does not fit in memory; set max_song_seconds"):
+        read_audio(write(tmp_path / "a.wav", tone(0.2)))
 
 
 @pytest.mark.parametrize(

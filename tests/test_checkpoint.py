@@ -221,12 +221,20 @@ def remove(path):
     return lambda root: (root / path).unlink()
 
 
-def name_a_missing_shard(root: Path) -> None:
-    folder = root / "acestep-v15-base"
-    keys = load_file(folder / "model.safetensors").keys()
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+def split(change):
+    """Put the weights into one shard with an index of them, and ``change`` either."""
+
+    def damage(root: Path) -> None:
+        folder, shard = root / "acestep-v15-base", "model-00001-of-00001.safetensors"
+        weights = load_file(folder / "model.safetensors")
+        weight_map = dict.fromkeys(weights, shard)
+        change(weight_map, weights)
+        (folder / "model.safetensors").unlink()
+        if weights:
+            save_file(weights, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+    return damage
 
 
 MODEL, CONFIG, SILENCE = (
@@ -253,7 +261,7 @@ HTML = b"<!DOCTYPE html><html><body>Not found</body></html>"
         (overwrite(MODEL, HTML), "transformer", r"model\.safetensors is damaged or not a safetensors file"),
         (overwrite(MODEL, b"\xff" * 7 + b"\x7f{}"), "transformer", r"model\.safetensors is damaged"),
         (overwrite(MODEL, b""), "condition_encoder", r"model\.safetensors is damaged"),
-        (name_a_missing_shard, "transformer",
+        (split(lambda weight_map, weights: weights.clear()), "transformer",
          r"model-00001-of-00001\.safetensors is missing, but model\.safetensors\.index\.json names it"),
         (remove(SILENCE), "condition_encoder", r"silence_latent\.pt is missing"),
         (overwrite(SILENCE, HTML), "condition_encoder", r"silence_latent\.pt is damaged or not a tensor file"),
@@ -271,9 +279,29 @@ HTML = b"<!DOCTYPE html><html><body>Not found</body></html>"
         (edit_weights(lambda w: w.pop("layers.1.mlp.up_proj.weight"), f"{TEXT}/model.safetensors"), "text_encoder",
          r"0\.6B lacks the weight layers\.1\.mlp\.up_proj\.weight"),
         (edit_config(lambda c: c.update(hidden_size=32), f"{TEXT}/config.json"), "text_encoder",
-         r"0\.6B: [\w.]+ has shape \(\d+(, \d+)?,?\), but the config asks for"),
+         r"0\.6B/model\.safetensors: [\w.]+ has shape \(\d+(, \d+)?,?\), but the config asks for"),
         (edit_config(lambda c: c.update(text_hidden_dim=48)), "text_encoder",
          r"0\.6B has width 64, but .*acestep-v15-base reads text of width 48"),
+        (overwrite(f"{TEXT}/tokenizer.json", b"{}"), "text_encoder", r"tokenizer\.json is damaged or another model's"),
+        (edit_config(lambda c: c.update(model="x"), f"{TEXT}/tokenizer.json"), "text_encoder",
+         r"tokenizer\.json is damaged or another model's"),
+        (overwrite(f"{TEXT}/config.json", b"{}"), "text_encoder", r"0\.6B/config\.json has no vocab_size"),
+        (edit_config(lambda c: c.update(num_key_value_heads=0), f"{TEXT}/config.json"), "text_encoder",
+         r"0\.6B/config\.json: num_key_value_heads must be at least 1, found 0"),
+        (edit_config(lambda c: c.update(hidden_act="zz"), f"{TEXT}/config.json"), "text_encoder",
+         r"0\.6B/config\.json is damaged or another model's"),
+        (edit_config(lambda c: c.update(downsampling_ratios="abc"), "vae/config.json"), "vae",
+         r"vae/config\.json: downsampling_ratios must be at least 1, found 'abc'"),
+        (edit_config(lambda c: c.update(channel_multiples=[1]), "vae/config.json"), "vae",
+         r"vae/config\.json is damaged or another model's"),
+        (lambda root: torch.save(torch.zeros(1, 64, 0), root / SILENCE), "condition_encoder",
+         r"silence_latent\.pt: the silence latent has 0 frames, expected at least 750"),
+        (lambda root: torch.save(torch.zeros(1, 64, 10), root / SILENCE), "condition_encoder",
+         r"silence_latent\.pt: the silence latent has 10 frames, expected at least 750"),
+        (split(lambda weight_map, weights: weight_map.pop("decoder.norm_out.weight")), "transformer",
+         r"model-00001-of-00001\.safetensors holds decoder\.norm_out\.weight, which model\.safetensors\.index\.json"),
+        (split(lambda weight_map, weights: weights.pop("decoder.norm_out.weight")), "transformer",
+         r"model-00001-of-00001\.safetensors lacks decoder\.norm_out\.weight, which model\.safetensors\.index\.json"),
     ],
 )  # fmt: skip
 def test_a_damaged_checkpoint_is_one_line_that_names_the_file(toy_copy, damage, part, message):
@@ -289,6 +317,8 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_file(toy_copy, damage, 
     [
         (edit_config(lambda c: c.pop("head_dim")), r"config\.json: the config has no head_dim"),
         (edit_config(lambda c: c.update(num_hidden_layers="4")), r"num_hidden_layers must be int, found '4'"),
+        (edit_config(lambda c: c.update(head_dim=0)), r"config\.json: head_dim must be at least 1, found 0"),
+        (overwrite(CONFIG, b"[" * 100_000), r"config\.json is damaged or not JSON"),
         (edit_config(lambda c: c.update(layer_types=["full_attention"] * 4)), "layer_types must alternate"),
         (overwrite(CONFIG, b"{"), r"config\.json is damaged or not JSON"),
         (overwrite(CONFIG, b"[]"), r"config\.json holds a list, expected a JSON object"),

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,9 +21,10 @@ from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode
-from sidestep.data.encode import encode_latents, preprocess
+from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess
 from sidestep.data.manifest import read_manifest
 from sidestep.errors import UserError
+from sidestep.files import _HOST, alone_in
 from tests.audio_files import write
 from tests.factories import train_config
 
@@ -135,7 +139,24 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
     lines = summary.lines()
     assert lines[0] == f"3 songs in {folder}: 3 encoded now, 0 unchanged"
     assert lines[1].endswith("44 latent frames; captions: 2 from sidecar, 1 from file name")
-    assert lines[-1] == f"next: python -m sidestep.train dataset_dir={folder} model_variant=base adapter=lokr"
+    places = f"dataset_dir={folder} model_variant=base adapter=lokr checkpoint_dir={config.checkpoint_dir}"
+    assert lines[-1] == f"next: python -m sidestep.train {places}"
+
+
+@pytest.mark.parametrize(
+    "name", ["my data=1, x", 'the "best" [of]', "it's", "caf\u00e9", "back\\slash\\", "1e3", "plain"]
+)
+def test_the_next_command_can_be_pasted(name):
+    summary = PreprocessSummary(dataset_dir=Path(name), model_variant="base", checkpoint_dir=name)
+    *_, command = summary.lines()
+    overrides = shlex.split(command.removeprefix("next: python -m sidestep.train "))
+    config = train_config(*overrides)
+    assert (config.dataset_dir, config.checkpoint_dir) == (name, name)
+
+
+def test_the_next_command_leaves_out_what_is_the_default():
+    summary = PreprocessSummary(dataset_dir=Path("data"), model_variant="base", checkpoint_dir="checkpoints")
+    assert summary.lines()[-1] == "next: python -m sidestep.train dataset_dir=data model_variant=base adapter=lokr"
 
 
 def test_every_format_in_nested_folders_is_encoded(config, tmp_path):
@@ -246,7 +267,7 @@ def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, lo
         stopped.setattr(encode, "encode_condition", fail)
         with pytest.raises(KeyboardInterrupt):
             preprocess(config)
-    files = [path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()]
+    files = {path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()} - {".lock"}
     assert len(files) == 3
     assert all(name.endswith(".safetensors") and not name.startswith(".") for name in files)
     loads.clear()
@@ -255,14 +276,40 @@ def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, lo
 
 
 def test_what_a_killed_process_left_is_cleared_and_a_living_ones_is_not(config, songs):
-    folder = Path(config.dataset_dir) / "latents"
-    folder.mkdir(parents=True)
+    folder = Path(config.dataset_dir)
+    (folder / "latents").mkdir(parents=True)
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
-    (folder / f".x.safetensors.partial-{finished.pid}").touch()
-    (folder / f".y.safetensors.partial-{os.getpid()}").touch()
+    for name in ("latents/.x.safetensors", ".songs.jsonl", ".dataset_info.json"):
+        for process in (finished.pid, os.getppid()):
+            (folder / f"{name}.partial-{_HOST}-{process}").touch()
     preprocess(config)
-    assert [path.name for path in folder.glob(".*")] == [f".y.safetensors.partial-{os.getpid()}"]
+    assert {path.rpartition("-")[2] for path in map(str, folder.rglob(".*partial*"))} == {str(os.getppid())}
+    assert len(list(folder.rglob(".*partial*"))) == 3
+
+
+def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, loads, caplog):
+    preprocess(config)
+    _, records, folder = read(config)
+    record = records["a/one.wav"]
+    before = {file: (folder / file).read_bytes() for file in (record.latents, record.conditions)}
+    (folder / record.latents).write_bytes(before[record.latents][:-10])
+    (folder / record.conditions).write_bytes(b"")
+    words(folder / "dataset_info.json", "{}")
+    loads.clear()
+    summary = preprocess(config)
+    assert summary.changed == {"a/one.wav"}
+    assert loads == ["vae", "text_encoder", "condition_encoder"]
+    assert {file: (folder / file).read_bytes() for file in before} == before
+    for file in before:
+        assert f"{folder / file} is damaged" in caplog.text
+
+
+def test_a_second_process_in_the_same_folder_is_refused(config, songs):
+    folder = Path(config.dataset_dir)
+    folder.mkdir()
+    with alone_in(folder), pytest.raises(UserError, match=r"dataset is in use by process \d+ on"):
+        preprocess(config)
 
 
 # what is wrong
@@ -274,6 +321,58 @@ def test_a_bad_song_is_named_and_the_rest_go_on(config, songs):
     assert list(summary.failed) == ["a/noise.wav"]
     assert len(read(config)[1]) == 3
     assert any(line.startswith("skipped a/noise.wav: ") for line in summary.lines())
+
+
+def test_a_song_with_bad_words_and_a_bad_entry_are_named_and_the_rest_go_on(config, songs, caplog):
+    words(songs / "a/one.json", '{"bpm": "fast"}')
+    words(songs / "dataset.json", '[{"caption": "whose?"}]')
+    summary = preprocess(config)
+    assert list(summary.failed) == [f"{songs / 'dataset.json'} entry 0", "a/one.wav"]
+    assert len(read(config)[1]) == 2
+    assert any(line.startswith("skipped a/one.wav: ") for line in summary.lines())
+    assert "a/one.wav is left out: " in caplog.text
+
+
+def test_a_song_whose_condition_is_not_finite_is_named_and_the_rest_go_on(config, songs, monkeypatch):
+    conditions = iter([torch.full((3, 64), torch.nan)])
+    monkeypatch.setattr(encode, "encode_condition", lambda *args, **kw: next(conditions, torch.ones(3, 64)))
+    summary = preprocess(config)
+    assert list(summary.failed) == ["03 - three.wav"]
+    assert list(read(config)[1]) == ["a/one.wav", "b/two.flac"]
+    assert (len(summary.changed), len(summary.unchanged)) == (2, 0)
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_song(config, songs, monkeypatch):
+    def fail(*args, **kw):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(encode, "save_file", fail)
+    with pytest.raises(UserError, match=r"safetensors cannot be written: .*No space left"):
+        preprocess(config)
+
+
+def test_a_file_name_that_would_break_the_terminal_is_shown_escaped(config, songs):
+    write(songs / "a/x\x1b[31m.wav", noise(0.2), 48_000)
+    (line,) = [line for line in preprocess(config).lines() if line.startswith("skipped")]
+    assert line.startswith(r"skipped a/x\x1b[31m.wav: ")
+    assert line.isprintable()
+
+
+def test_log_lines_do_not_stick_to_the_progress_bar(config, songs, monkeypatch, capsys):
+    """The line about a damaged file comes while a bar is on the terminal."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log = logging.getLogger("sidestep.test")
+    handler = logging.StreamHandler(terminal)
+    logging.getLogger().addHandler(handler)
+    try:
+        for _ in encode._with_progress(["a", "b"], "encoding"):
+            log.warning("a line of its own")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    lines = terminal.getvalue().replace("\r", "\n").split("\n")
+    assert lines.count("a line of its own") == 2
 
 
 def test_a_folder_of_bad_songs_only_is_refused(config, tmp_path):

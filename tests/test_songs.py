@@ -81,9 +81,56 @@ def test_a_txt_of_side_step_is_read_by_its_keys(folder):
     assert (song.prompt, song.source) == ("genre", "sidecar")
 
 
-def test_a_txt_without_keys_is_lyrics_alone(folder):
-    song = only_song(folder({"my_x.wav": "", "my_x.txt": "[Verse]\nShe said: caption: me\n"}))
-    assert (song.lyrics, song.caption, song.source) == ("[Verse]\nShe said: caption: me", "my x", "file name")
+def test_a_key_that_is_not_a_songs_is_noted_wherever_it_stands(folder):
+    root = folder({"x.wav": "", "x.txt": "title: Foo\n\ncaption: x\nbpm: 90\nalbum: Bar\nlyrics: la\n"})
+    listing = read_songs(root)
+    (song,) = listing.songs
+    assert (song.caption, song.bpm, song.lyrics) == ("x", 90, "la")
+    assert listing.notes == [f"not used from {root / 'x.txt'}: title: Foo, album: Bar"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[Verse]\nShe said: caption: me",
+        "Key: to my heart\nDoor: to my soul\n\n[Chorus]\ncaption: me",
+        "Language: of love\nRepeat: after me",
+        "BPM: of my heart",
+    ],
+)
+def test_a_txt_without_keys_is_lyrics_alone(folder, text):
+    song = only_song(folder({"my_x.wav": "", "my_x.txt": f"{text}\n"}))
+    assert (song.lyrics, song.caption, song.source) == (text, "my x", "file name")
+    assert (song.keyscale, song.language, song.bpm) == ("", "unknown", None)
+
+
+@pytest.mark.parametrize("key", ["C major", "f# minor", "Bb", "A-flat major", "Am", "D \u266d minor"])
+def test_a_txt_may_hold_nothing_but_the_key(folder, key):
+    song = only_song(folder({"x.wav": "", "x.txt": f"key: {key}\n"}))
+    assert (song.keyscale, song.lyrics) == (key, "")
+
+
+def test_only_what_can_be_a_keys_value_ends_the_lyrics(folder):
+    text = "caption: c\nlyrics: la\nKey: to my heart\nLanguage: of love\nbpm: 90"
+    song = only_song(folder({"x.wav": "", "x.txt": text}))
+    assert (song.lyrics, song.bpm, song.keyscale) == ("la\nKey: to my heart\nLanguage: of love", 90, "")
+
+
+@pytest.mark.parametrize(("value", "bpm"), [("120 bpm", 120), ("119.6BPM", 120), (90.0, 90)])
+def test_the_tempo_may_name_its_unit(folder, value, bpm):
+    assert only_song(folder({"x.wav": "", "x.json": {"bpm": value}})).bpm == bpm
+
+
+@pytest.mark.parametrize(("value", "kept"), [(4, "4"), (4.0, "4"), ("3.0", "3"), ("4 / 4", "4"), ("6/8", "6")])
+def test_the_numerator_of_a_time_signature_is_kept(folder, value, kept):
+    assert only_song(folder({"x.wav": "", "x.json": {"timesignature": value}})).timesignature == kept
+
+
+@pytest.mark.parametrize("value", [0, "0/4", 4.5, True, "4/", "\u0664"])
+def test_a_time_signature_that_is_none_leaves_the_song_out(folder, value):
+    listing = read_songs(folder({"x.wav": "", "x.json": {"timesignature": value}, "y.wav": ""}))
+    assert "timesignature must be" in listing.failed["x.wav"]
+    assert [song.name for song in listing.songs] == ["y.wav"]
 
 
 ENTRY = {"filename": "x.wav", "caption": "from json", "lyrics": "la", "bpm": 100, "is_instrumental": False}
@@ -147,9 +194,11 @@ def test_the_tag_of_the_settings_wins_over_an_entry_and_that_over_the_file(folde
     listing = read_songs(root)
     assert [song.custom_tag for song in listing.songs] == ["entry", "file"]
     assert (listing.tag_position, listing.genre_ratio) == ("append", 100)
-    listing = read_songs(root, custom_tag="mine", genre_ratio=50)
+    listing = read_songs(root, custom_tag="mine")
     assert [song.custom_tag for song in listing.songs] == ["mine", "mine"]
-    assert (listing.tag_position, listing.genre_ratio) == ("prepend", 50)
+    assert (listing.tag_position, listing.genre_ratio) == ("append", 100)
+    listing = read_songs(root, tag_position="prepend", genre_ratio=0)
+    assert (listing.tag_position, listing.genre_ratio) == ("prepend", 0)
 
 
 def test_the_genre_ratio_chooses_songs_and_a_songs_own_choice_wins(folder):
@@ -180,7 +229,7 @@ def test_a_tag_position_without_a_tag_is_noted(folder):
     assert read_songs(root, tag_position="append", custom_tag="zyx").notes == []
 
 
-def test_every_bad_value_is_named_by_file_and_key_at_once(folder):
+def test_a_song_with_bad_words_is_left_out_with_every_mistake_by_file_and_key(folder):
     root = folder(
         {
             "a.wav": "",
@@ -190,60 +239,94 @@ def test_every_bad_value_is_named_by_file_and_key_at_once(folder):
             "c.wav": "",
             "c.json": "{not json",
             "d.wav": "",
-            "dataset.json": {
-                "metadata": {"genre_ratio": 200},
-                "samples": [{"filename": "d.wav", "bpm": True}, {"caption": "whose?"}],
-            },
+            "dataset.json": [{"filename": "d.wav", "bpm": True}],
             "e.wav": "",
             "e.json": {"prompt_override": "genre", "caption": "\ud800"},
+            "f.wav": "",
+            "g.wav": "",
+            "g.json": "[" * 100_000,
         }
     )
     (root / "d.caption.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError) as raised:
-        read_songs(root)
-    message = str(raised.value)
-    assert "\n" not in message
-    for part in [
-        "a.json: bpm must be a number of beats per minute above 0, it is 'fast'",
-        "a.json: timesignature must be",
-        "a.json: caption must be text, it is '3'",
-        "a.json: prompt_override must be one of caption, genre, it is 'both'",
-        "b.lyrics.txt: lyrics must be text without control characters",
-        "c.json is not JSON",
-        "dataset.json metadata: genre_ratio must be a whole number from 0 to 100",
-        "dataset.json entry of d.wav: bpm must be",
-        "dataset.json entry 1: neither audio_path nor filename",
-        "d.caption.txt cannot be read as UTF-8",
-        "e.wav: prompt_override is genre, but the song has no genre",
-        "e.json: caption must be text without control characters",
-    ]:
-        assert part in message
+    listing = read_songs(root)
+    assert [song.name for song in listing.songs] == ["f.wav"]
+    for name, parts in {
+        "a.wav": [
+            "a.json: bpm must be a number of beats per minute above 0, it is 'fast'",
+            "a.json: timesignature must be",
+            "a.json: caption must be text, it is '3'",
+            "a.json: prompt_override must be one of caption, genre, it is 'both'",
+        ],
+        "b.wav": ["b.lyrics.txt: lyrics must be text without control characters"],
+        "c.wav": ["c.json is not JSON"],
+        "d.wav": ["dataset.json entry of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
+        "e.wav": [
+            "e.wav: prompt_override is genre, but the song has no genre",
+            "e.json: caption must be text without control characters",
+        ],
+        "g.wav": ["g.json is not JSON"],
+    }.items():
+        assert "\n" not in listing.failed[name]
+        assert all(part in listing.failed[name] for part in parts)
 
 
-def test_a_file_outside_the_folder_of_songs_is_refused(folder, tmp_path):
-    root = folder({"x.wav": "", "dataset.json": [{"audio_path": "../secret.wav", "caption": "c"}]})
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"audio_path": "../secret.wav"}, "../secret.wav is outside audio_dir"),
+        ({"filename": "x.wav"}, "x.wav could be any of a/x.wav, b/x.wav"),
+        ({"audio_path": "good.wav"}, "good.wav is named twice"),
+        ({"caption": "whose?"}, "neither audio_path nor filename names a file"),
+        ({"filename": "x\0.wav"}, "its file name holds control characters"),
+        ("x.wav", "it must be an object"),
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_named_and_the_others_are_used(folder, tmp_path, entry, reason):
+    root = folder({"a/x.wav": "", "b/x.wav": "", "good.wav": ""})
+    folder({"dataset.json": [{"filename": "good.wav", "caption": "good"}, entry]})
     (tmp_path / "secret.wav").touch()
-    with pytest.raises(UserError, match=r"entry 0: \.\./secret\.wav is outside audio_dir"):
-        read_songs(root)
+    listing = read_songs(root)
+    assert [song.caption for song in listing.songs] == ["x", "x", "good"]
+    assert list(listing.failed) == [f"{root / 'dataset.json'} entry 1"]
+    assert reason in listing.failed[f"{root / 'dataset.json'} entry 1"]
 
 
-def test_an_entry_that_could_be_two_songs_is_refused(folder):
-    root = folder({"a/x.wav": "", "b/x.wav": "", "dataset.json": [{"filename": "x.wav"}]})
-    with pytest.raises(UserError, match=r"entry 0: x\.wav could be any of a/x\.wav, b/x\.wav"):
-        read_songs(root)
+def test_names_of_any_length_are_no_fault(folder):
+    longest = "x" * 251 + ".wav"
+    listing = read_songs(folder({longest: "", "dataset.json": [{"filename": "y" * 5_000}, {"filename": longest}]}))
+    assert [song.name for song in listing.songs] == [longest]
+    assert listing.missing == ["y" * 200]
 
 
-def test_a_song_named_twice_is_refused(folder):
-    root = folder({"x.wav": "", "dataset.json": [{"filename": "x.wav"}, {"audio_path": "x.wav"}]})
-    with pytest.raises(UserError, match=r"entry 1: x\.wav is named twice"):
-        read_songs(root)
-
-
-@pytest.mark.parametrize("content", [{"songs": []}, "words", {"samples": {}}, ["x.wav"]])
+@pytest.mark.parametrize("content", [{"songs": []}, "words", {"samples": {}}])
 def test_a_dataset_json_of_another_shape_is_refused(folder, content):
     root = folder({"x.wav": "", "dataset.json": json.dumps(content)})
     with pytest.raises(UserError, match=r"dataset\.json .*must be"):
         read_songs(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"metadata": {"genre_ratio": 200}, "samples": []}, "genre_ratio must be a whole number from 0 to 100"),
+        ("[" * 100_000, r"dataset\.json is not JSON"),
+    ],
+)
+def test_what_is_wrong_for_all_songs_is_refused(folder, content, message):
+    with pytest.raises(UserError, match=message):
+        read_songs(folder({"x.wav": "", "dataset.json": content}))
+
+
+def test_a_metadata_file_that_is_not_there_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match=r"metadata_file=.*nonexist\.json is not a file: it does not exist"):
+        read_songs(folder({"x.wav": ""}), metadata_file=tmp_path / "nonexist.json")
+
+
+def test_a_song_named_dataset_has_a_sidecar_like_any_other(folder):
+    song = only_song(folder({"dataset.wav": "", "dataset.json": {"caption": "mine", "bpm": 90}}))
+    assert (song.caption, song.bpm, song.source) == ("mine", 90, "sidecar")
+    folder({"dataset.json": {"samples": [{"filename": "dataset.wav", "caption": "listed"}]}})
+    assert only_song(folder({})).source == "dataset.json"
 
 
 def test_a_huge_caption_is_read_whole(folder):

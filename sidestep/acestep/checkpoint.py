@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sidestep.acestep.conditioning import REFERENCE_FRAMES
 from sidestep.acestep.keymap import original_key, split_key
 from sidestep.acestep.model_config import ModelConfig
 from sidestep.acestep.variants import VariantConfig
 from sidestep.acestep.weight_files import (
+    building_from,
+    check_sizes,
     load_tensor,
     locate_tensors,
-    one_line,
     open_safetensors,
     read_json,
     sample_values,
@@ -48,6 +49,15 @@ if TYPE_CHECKING:
 PARTS = ("transformer", "condition_encoder", "vae", "text_encoder")
 VAE_FOLDER = "vae"
 TEXT_ENCODER_FOLDER = "Qwen3-Embedding-0.6B"
+_QWEN_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _HOP, _SAMPLE_RATE = 1920, 48_000  # samples per latent frame and per second: 25 frames per second
 
 
@@ -111,38 +121,29 @@ class Checkpoint:
         Raises:
             UserError: as ``load_transformer``.
         """
-        from transformers import PreTrainedTokenizerFast, Qwen3Model
-        from transformers.utils import logging
+        from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-        folder = self._part_folder("text_encoder")
-        tokenizer_folder = self._part_folder("tokenizer")
-        for path in (folder / "config.json", tokenizer_folder / "tokenizer.json"):
-            read_json(path)  # transformers would look for a missing or broken file elsewhere
-        self._weights("text_encoder")  # likewise, and its errors do not name the file
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
+        tokenizer_path = self._part_folder("tokenizer") / "tokenizer.json"
+        read_json(tokenizer_path)  # transformers would look for a missing or broken file elsewhere
+        with building_from(tokenizer_path):
             # Not AutoTokenizer: tokenizer.json is taken as it is, and it appends <|endoftext|>.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, local_files_only=True)
-            text_encoder, report = Qwen3Model.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} is not a usable text encoder: {one_line(error)}") from error
-        finally:
-            logging.set_verbosity(verbosity)
-        for key in sorted(report["missing_keys"]):  # transformers would leave them random
-            raise UserError(f"{folder} lacks the weight {key}; download it again")
-        for key, *shapes in sorted(report["mismatched_keys"]):
-            found, wanted = map(tuple, shapes)
-            raise UserError(f"{folder}: {key} has shape {found}, but the config asks for {wanted}")
-        if text_encoder.config.hidden_size != self.config.text_hidden_dim:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path.parent, local_files_only=True)
+        config_path = self._part_folder("text_encoder") / "config.json"
+        check_sizes(read_json(config_path), _QWEN_SIZES, config_path)
+        with building_from(config_path):
+            config = Qwen3Config.from_pretrained(config_path.parent, local_files_only=True)
+            with torch.device("meta"):
+                text_encoder = Qwen3Model(config)
+            rotary = Qwen3RotaryEmbedding(config)
+        self._fill("text_encoder", text_encoder, device, dtype)
+        text_encoder.rotary_emb = rotary.to(device)  # computed, so in no file
+        if config.hidden_size != self.config.text_hidden_dim:
             raise UserError(
-                f"{folder} has width {text_encoder.config.hidden_size}, but {self.folder} "
+                f"{config_path.parent} has width {config.hidden_size}, but {self.folder} "
                 f"reads text of width {self.config.text_hidden_dim}; they are from different models"
             )
-        return tokenizer, text_encoder.to(device).requires_grad_(False).eval()
+        return tokenizer, text_encoder
 
     def silence(self) -> Tensor:
         """Read the VAE's encoding of silence, (frames, 64), float32, time first.
@@ -169,6 +170,11 @@ class Checkpoint:
                 f"{path}: the silence latent has shape {tuple(silence.shape)} (batch, frames, channels), "
                 f"expected (1, frames, {channels}); download it again"
             )
+        if silence.shape[1] < REFERENCE_FRAMES:
+            raise UserError(
+                f"{path}: the silence latent has {silence.shape[1]} frames, "
+                f"expected at least {REFERENCE_FRAMES}; download it again"
+            )
         return silence[0].float().contiguous()
 
     def null_condition(self) -> Tensor:
@@ -177,7 +183,7 @@ class Checkpoint:
         Raises:
             UserError: if it is missing or its file is damaged.
         """
-        weights = self._weights("condition_encoder")
+        weights = self.locate_weights("condition_encoder")
         if "null_condition_emb" not in weights:
             raise UserError(f"{self._part_folder('condition_encoder')} lacks the weight null_condition_emb")
         path, key = weights["null_condition_emb"]
@@ -200,7 +206,9 @@ class Checkpoint:
         digest = hashlib.sha256()
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
-            for name, (path, key) in sorted((self._name_in_file(part, n), at) for n, at in self._weights(part).items()):
+            for name, (path, key) in sorted(
+                (self._name_in_file(part, n), at) for n, at in self.locate_weights(part).items()
+            ):
                 if path not in files:
                     files[path] = stack.enter_context(open_safetensors(path))
                 tensor = files[path].get_tensor(key)  # memory-mapped: only the sampled pages are read
@@ -218,8 +226,12 @@ class Checkpoint:
             raise UserError(f"{folder}/ is missing; get it with {_download(self.variant, self.root)}")
         return folder
 
-    def _weights(self, part: str) -> dict[str, tuple[Path, str]]:
-        """Map each weight's name inside the part to its file and its key there."""
+    def locate_weights(self, part: str) -> dict[str, tuple[Path, str]]:
+        """Map each weight's name inside the part, in diffusers' spelling, to its file and its key there.
+
+        Raises:
+            UserError: if a file is missing or damaged.
+        """
         folder = self._part_folder(part)
         if part == "text_encoder":  # saved from the bare model or from one with a language-model head around it
             files = locate_tensors(folder, "model")
@@ -244,7 +256,7 @@ class Checkpoint:
 
     def _fill(self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         """Give a model built on the meta device its weights, one tensor at a time."""
-        weights = self._weights(part)
+        weights = self.locate_weights(part)
         wanted = model.state_dict()
         wanted.pop("silence_latent", None)  # comes from a file of its own
         for name, (path, key) in weights.items():
@@ -305,15 +317,13 @@ def build_vae(config: dict[str, Any], path: Path) -> AutoencoderOobleck:
     """Build the autoencoder on the meta device from the config read from ``path``.
 
     Raises:
-        UserError: if a setting is missing, or the frame rate is not the one ACE-Step reads.
+        UserError: if a setting is missing or no size, or the frame rate is not the one ACE-Step reads.
     """
     from diffusers import AutoencoderOobleck
 
     names = [name for name in inspect.signature(AutoencoderOobleck.__init__).parameters if name != "self"]
-    for name in names:
-        if name not in config:
-            raise UserError(f"{path} has no {name}; is it the config of ACE-Step's VAE?")
-    with torch.device("meta"), warnings.catch_warnings():
+    check_sizes(config, names, path)
+    with building_from(path), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers uses the older weight_norm, which torch notes
         vae = AutoencoderOobleck(**{name: config[name] for name in names})
         # Diffusers makes the encoder's output as wide as its first layer, which is the mean and scale of each latent

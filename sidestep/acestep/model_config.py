@@ -146,4 +146,6 @@ def _checked(name: str, value: Any, wanted: Any, path: Path) -> Any:
     if type(value) not in [typing.get_origin(option) or option for option in options]:
         kind = getattr(wanted, "__name__", str(wanted))
         raise UserError(f"{path}: {name} must be {kind}, found {value!r}")
+    if type(value) is int and value < 1:
+        raise UserError(f"{path}: {name} must be at least 1, found {value!r}")
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing; make or download it again") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise UserError(f"{path} is damaged or not JSON: {one_line(error)}; download it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -67,7 +67,7 @@ def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
         stem: file name without ``.safetensors``; shards are listed in ``<stem>.safetensors.index.json``.
 
     Raises:
-        UserError: if a file is missing or damaged.
+        UserError: if a file is missing or damaged, or the index and its shards do not name the same tensors.
     """
     whole = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
@@ -80,7 +80,43 @@ def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
     for shard in sorted(set(shards.values())):
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, but {index.name} names it; download it again")
+        with open_safetensors(folder / shard) as file:
+            found = set(file.keys())
+        listed = {key for key, holder in shards.items() if holder == shard}
+        for key in sorted(found - listed):
+            raise UserError(f"{folder / shard} holds {key}, which {index.name} does not list; download both again")
+        for key in sorted(listed - found):
+            raise UserError(f"{folder / shard} lacks {key}, which {index.name} lists; download both again")
     return {key: folder / shard for key, shard in shards.items()}
+
+
+@contextmanager
+def building_from(path: Path) -> Iterator[None]:
+    """Name the file when a library cannot build a model or tokenizer of what it says.
+
+    Raises:
+        UserError: whatever goes wrong in the block.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raises no narrower one, transformers asserts
+        raise UserError(
+            f"{path} is damaged or another model's ({type(error).__name__}: {one_line(error)}); download it again"
+        ) from error
+
+
+def check_sizes(config: dict[str, Any], names: Iterable[str], path: Path) -> None:
+    """Refuse a config in which a size, or a list of them, is missing or no whole number of at least 1.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    for name in names:
+        if name not in config:
+            raise UserError(f"{path} has no {name}; is it the config of the right model?")
+        sizes = config[name] if type(config[name]) is list else [config[name]]
+        if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+            raise UserError(f"{path}: {name} must be at least 1, found {config[name]!r:.60}; download it again")
 
 
 def load_tensor(path: Path) -> Tensor:

@@ -238,9 +238,9 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         if self.genre_ratio is not None and not 0 <= self.genre_ratio <= 100:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
-        if self.max_song_seconds is not None and not 0.08 <= self.max_song_seconds < math.inf:
+        if self.max_song_seconds is not None and self.max_song_seconds < 0.08:
             raise UserError(f"max_song_seconds={self.max_song_seconds} must be at least 0.08, two latent frames")
-        if not 5 <= self.tile_seconds < math.inf:
+        if self.tile_seconds < 5:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
         if self.device is Device.cpu and self.precision is Precision.fp16:
             raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")

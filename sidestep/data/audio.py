@@ -76,7 +76,9 @@ def read_audio(path: Path, max_seconds: float | None = None) -> Tensor:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
         samples, rate = _decode(path, max_seconds)
-    except (OSError, soundfile.LibsndfileError, av.FFmpegError) as error:
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit in memory; set max_song_seconds=... or split it") from error
+    except (OSError, ValueError, soundfile.LibsndfileError, av.FFmpegError) as error:  # ValueError: it changes form
         raise UserError(f"{path} cannot be read as audio: {error}") from error
     if not np.isfinite(samples).all():
         raise UserError(f"{path} holds samples that are not finite numbers; export it again")
@@ -98,20 +100,27 @@ def peak(audio: Tensor) -> float:
 
 def _decode(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:
     """Decode to (S, channels) and the file's own rate."""
+    if path.suffix.lower() == ".mp3":  # libsndfile guesses the length of some, and prints what it stumbles over
+        return _decode_with_ffmpeg(path, max_seconds)
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError:
         return _decode_with_ffmpeg(path, max_seconds)  # m4a and aac, which libsndfile does not read
     with file:
         rate = file.samplerate
-        wanted = _promised_frames(file)
-        if max_seconds is not None:
-            wanted = min(wanted, round(max_seconds * rate))
+        promised = _promised_frames(file)
+        wanted = promised if max_seconds is None else min(promised, round(max_seconds * rate))
         samples: _Samples = file.read(wanted, dtype="float32", always_2d=True)
-    # the length of an mp3 is an estimate, so a little less than promised is not a fault
-    if wanted - len(samples) > max(0.01 * wanted, 0.25 * rate):
-        raise UserError(f"{path} ends early: {len(samples) / rate:.1f} s of {wanted / rate:.1f} s; copy it again")
+    _refuse_if_short(path, len(samples), wanted, rate)
+    if file.format == "OGG" and wanted == promised and not _has_last_page(path):
+        raise UserError(f"{path} ends early, after {len(samples) / rate:.1f} s; copy it again or export it again")
     return samples, rate
+
+
+def _refuse_if_short(path: Path, found: int, wanted: int, rate: int) -> None:
+    # headers count encoded frames, and priming and padding are cut off, so a little less is not a fault
+    if wanted - found > max(0.01 * wanted, 0.25 * rate):
+        raise UserError(f"{path} ends early: {found / rate:.1f} s of {wanted / rate:.1f} s; copy it again")
 
 
 def _promised_frames(file: soundfile.SoundFile) -> int:
@@ -121,6 +130,15 @@ def _promised_frames(file: soundfile.SoundFile) -> int:
     if sizes is None or int(sizes[1]) >= 0x7FFFF000:  # programs that write to a pipe promise the largest size there is
         return frames
     return max(frames, round(frames * int(sizes[1]) / max(1, int(sizes[2]))))
+
+
+def _has_last_page(path: Path) -> bool:
+    """Say whether an Ogg file ends in a whole page that is marked as the last (RFC 3533, section 6)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_307))  # the longest page there is
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    return len(page) > 27 and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def _decode_with_ffmpeg(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:
@@ -133,11 +151,21 @@ def _decode_with_ffmpeg(path: Path, max_seconds: float | None) -> tuple[_Samples
         to_float = av.AudioResampler(format="fltp")
         parts: list[_Samples] = []
         num_samples = 0
-        for frame in container.decode(stream):
-            parts += [part.to_ndarray() for part in to_float.resample(frame)]
-            num_samples += frame.samples
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                if path.suffix.lower() != ".mp3":  # every player skips a damaged frame of an mp3, and junk at its end
+                    raise
+                continue
+            parts += [part.to_ndarray() for frame in frames for part in to_float.resample(frame)]
+            num_samples += sum(frame.samples for frame in frames)
             if wanted is not None and num_samples >= wanted:
                 break
         if not parts:
             raise UserError(f"{path} cannot be read as audio: it holds no samples")
+        # other lengths are guessed from the bit rate: only a LAME header, which also counts priming, has one
+        if stream.duration is not None and (stream.start_time or "mp4" in container.format.name):
+            promised = round(stream.duration * stream.time_base * rate)
+            _refuse_if_short(path, num_samples, promised if wanted is None else min(wanted, promised), rate)
         return np.concatenate(parts, axis=1).T[:wanted], rate

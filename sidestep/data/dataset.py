@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sidestep.data.manifest import SongRecord, read_manifest
+from sidestep.data.manifest import AGAIN, SongRecord, read_manifest
 from sidestep.data.sampler import PATCH_FRAMES, SongOrder, excerpt_at
 from sidestep.errors import UserError
 
-AGAIN = "run python -m sidestep.preprocess again"
+LATENT_CHANNELS = 64
 
 
 @dataclass
@@ -96,26 +96,40 @@ class SongDataset(Dataset[Example]):
         index = self.order[position]
         song = self.songs[index]
         start, length = excerpt_at(song.num_frames, self.max_seconds, self.seed, position)
-        latents = self._read(song, song.latents, "latents", slice(start, start + length))
-        condition = self._read(song, song.conditions, song.prompt, slice(None))
+        latents = self._read(song, song.latents, "latents", slice(start, start + length), LATENT_CHANNELS)
+        condition = self._read(song, song.conditions, song.prompt, slice(None), self.info.condition_width)
         if len(latents) != length:
             raise UserError(
                 f"{self.folder / song.latents} of {song.audio} is shorter than the {song.num_frames} frames that "
                 f"songs.jsonl says; {AGAIN}"
             )
+        if not len(condition):
+            raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
         return Example(index, latents.float(), condition)
 
-    def _read(self, song: SongRecord, file: str, key: str, rows: slice) -> Tensor:
+    def _read(self, song: SongRecord, file: str, key: str, rows: slice, width: int) -> Tensor:
         path = self.folder / file
         try:
             with safe_open(path, framework="pt") as tensors:
-                return tensors.get_slice(key)[rows]
-        except (SafetensorError, OSError) as error:
+                tensor: Tensor = tensors.get_slice(key)[rows]
+        except (SafetensorError, OSError, IndexError) as error:  # IndexError: it has no rows
             raise UserError(f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}") from error
+        if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise UserError(f"{path} of {song.audio} holds {found}, not rows of {width}; delete it and {AGAIN}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} of {song.audio} holds values that are no numbers; delete it and {AGAIN}")
+        return tensor
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Pad excerpts of several songs to one length and say what is padding."""
+    """Pad excerpts of several songs to one length and say what is padding.
+
+    Raises:
+        ValueError: for an excerpt that does not fill whole patches, which no mask can make equal to itself alone.
+    """
+    if odd := [len(example.latents) for example in examples if len(example.latents) % PATCH_FRAMES]:
+        raise ValueError(f"excerpts must be whole patches of {PATCH_FRAMES} frames, got {odd[0]} frames")
     latents, frame_mask = _pad([example.latents for example in examples])
     condition, condition_mask = _pad([example.condition for example in examples])
     return Batch([example.song for example in examples], latents, condition, frame_mask, condition_mask)

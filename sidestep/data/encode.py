@@ -10,9 +10,11 @@ import gc
 import hashlib
 import json
 import logging
+import re
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +24,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sidestep
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
-from sidestep.data.manifest import INFO, DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.manifest import DatasetInfo, SongRecord, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND
-from sidestep.data.songs import Song, SongList, read_songs
+from sidestep.data.songs import Song, SongList, printable, read_songs
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import remove_abandoned, replacing, sha256_of
+from sidestep.files import alone_in, remove_abandoned, replacing, sha256_of
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -50,11 +53,12 @@ class PreprocessSummary:
 
     dataset_dir: Path
     model_variant: str
+    checkpoint_dir: str
     changed: set[str] = field(default_factory=set)
     """Songs of which something was encoded now."""
     unchanged: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    """Songs left out, and why."""
+    """Songs and entries of dataset.json left out, and why."""
     num_frames: int = 0
     sources: Counter[str] = field(default_factory=Counter)
     """How many captions came from "dataset.json", "sidecar" and "file name"."""
@@ -76,19 +80,20 @@ class PreprocessSummary:
             f"{songs} songs in {self.dataset_dir}: {len(self.changed)} encoded now, {len(self.unchanged)} unchanged",
             f"{seconds / 60:.1f} minutes of music, {self.num_frames} latent frames; captions: {sources}",
         ]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.failed.items()]
+        lines += [f"skipped {printable(name)}: {printable(reason)}" for name, reason in self.failed.items()]
         for name, cuts in self.truncated.items():
             cut = " and ".join(f"{tokens} tokens of the {text}" for text, tokens in cuts.items())
             lines.append(f"cut {name}: {cut} are past what ACE-Step reads")
         lines += [f"silent {name}: no sample is louder than -80 dBFS" for name in self.silent]
         lines += [f"no audio file for the entry {name}" for name in self.missing]
-        lines += self.notes
+        lines += map(printable, self.notes)
         if self.num_unused_files:
             lines.append(f"{self.num_unused_files} encoded files are of no song any more and were left in place")
-        train = (
-            f"python -m sidestep.train dataset_dir={self.dataset_dir} model_variant={self.model_variant} adapter=lokr"
-        )
-        return [*lines, f"next: {train}"]
+        settings = {"dataset_dir": self.dataset_dir, "model_variant": self.model_variant, "adapter": "lokr"}
+        if self.checkpoint_dir != "checkpoints":
+            settings["checkpoint_dir"] = self.checkpoint_dir
+        typed = " ".join(_as_typed(key, str(value)) for key, value in settings.items())
+        return [*lines, f"next: python -m sidestep.train {typed}"]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -109,7 +114,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     A song that cannot be used is left out and named in the summary.
 
     Raises:
-        UserError: if a setting, the checkpoint or the words of the songs are wrong, or no song can be used.
+        UserError: if a setting, the checkpoint or a dataset.json is wrong, another process works in the same folder,
+            or no song can be used.
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
@@ -118,23 +124,39 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         Path(config.audio_dir),
         metadata_file=None if config.metadata_file is None else Path(config.metadata_file),
         custom_tag=config.custom_tag,
-        tag_position=config.tag_position.value,
+        tag_position=None if config.tag_position is None else config.tag_position.value,
         genre_ratio=config.genre_ratio,
         language=config.language,
     )
     folder = Path(config.dataset_dir)
-    _prepare(folder)
-    was_for = read_manifest(folder)[0].model_variant if (folder / INFO).is_file() else config.model_variant.name
-    summary = PreprocessSummary(dataset_dir=folder, model_variant=config.model_variant.name)
+    _make_folders(folder)
+    with alone_in(folder):
+        return _update(config, checkpoint, listing, device, dtype)
+
+
+def _update(
+    config: PreprocessConfig, checkpoint: Checkpoint, listing: SongList, device: torch.device, dtype: torch.dtype
+) -> PreprocessSummary:
+    """Bring the dataset folder up to date with the songs."""
+    folder = Path(config.dataset_dir)
+    for part in (folder, folder / LATENTS, folder / CONDITIONS):
+        remove_abandoned(part)
+    was_for = _variant_before(folder)
+    summary = PreprocessSummary(
+        dataset_dir=folder,
+        model_variant=config.model_variant.name,
+        checkpoint_dir=config.checkpoint_dir,
+        failed=dict(listing.failed),
+    )
+    for name, reason in listing.failed.items():  # at once, because encoding may take hours
+        log.warning("%s is left out: %s", printable(name), printable(reason))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
     latents = _encode_songs(config, checkpoint, listing.songs, fingerprints["vae"], device, summary)
-    if not latents:
-        raise UserError(f"none of the {len(listing.songs)} songs can be used: {'; '.join(summary.failed.values())}")
-    songs = [song for song in listing.songs if song.name in latents]
-    headers = {name: _read_header(file, "latents") for name, file in latents.items()}
-    num_frames = {name: shape[0] for name, (shape, _) in headers.items()}
+    about_latents = {name: _about_latents(file) for name, file in latents.items()}
+    num_frames = {name: frames for name, (frames, _) in about_latents.items()}
 
+    songs = [song for song in listing.songs if song.name in latents]
     prompts = _write_prompts(songs, num_frames, listing.tag_position)
     silence = checkpoint.silence()[:REFERENCE_FRAMES]
     encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
@@ -143,28 +165,32 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         for name, prompt in prompts.items()
     }
     _encode_prompts(checkpoint, prompts, conditions, silence, device, dtype, summary)
-    condition_headers = {name: _read_header(file, "caption") for name, file in conditions.items()}
+    about_conditions = {name: _about_conditions(file) for name, file in conditions.items()}
 
+    songs = [song for song in songs if song.name in conditions]
+    if not songs:
+        num_songs = len({song.name for song in listing.songs} | listing.failed.keys())
+        reasons = printable("; ".join(summary.failed.values()))
+        raise UserError(f"none of the {num_songs} songs can be used: {reasons}")
+    summary.num_frames = sum(num_frames[song.name] for song in songs)
     info = DatasetInfo(
         model_variant=config.model_variant.name,
-        condition_width=condition_headers[songs[0].name][0][1],
+        condition_width=about_conditions[songs[0].name][0],
         fingerprints=fingerprints,
         settings=_settings(config, listing, dtype),
         num_songs=len(songs),
-        total_seconds=sum(num_frames.values()) / FRAMES_PER_SECOND,
+        total_seconds=summary.num_frames / FRAMES_PER_SECOND,
         sidestep_version=sidestep.__version__,
     )
     records = [_record(song, latents[song.name], conditions[song.name], num_frames[song.name]) for song in songs]
     write_manifest(folder, info, records)
 
-    summary.unchanged = latents.keys() - summary.changed
-    summary.num_frames = sum(num_frames.values())
+    summary.unchanged = {song.name for song in songs} - summary.changed
     summary.sources = Counter(song.source for song in songs)
-    cuts = {name: json.loads(metadata["cut"]) for name, (_, metadata) in condition_headers.items()}
-    summary.truncated = {name: cut for name, cut in cuts.items() if cut}
-    summary.silent = [name for name, (_, metadata) in headers.items() if float(metadata["peak"]) < SILENT_PEAK]
+    summary.truncated = {name: cuts for name, (_, cuts) in about_conditions.items() if cuts}
+    summary.silent = [song.name for song in songs if about_latents[song.name][1] < SILENT_PEAK]
     summary.missing, summary.notes = listing.missing, listing.notes
-    if was_for != config.model_variant.name:
+    if was_for not in (None, config.model_variant.name):
         summary.notes.append(f"the dataset was for model_variant={was_for} and is now for {config.model_variant.name}")
     summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
     return summary
@@ -222,18 +248,23 @@ def _encode_songs(
             summary.failed[song.name] = f"{song.path} cannot be read: {error}"
             continue
         files[song.name] = summary.dataset_dir / LATENTS / f"{key}.safetensors"
-    todo = {song.name: song.path for song in songs if song.name in files and not files[song.name].exists()}
+    paths = {song.name: song.path for song in songs}
+    todo = {name: paths[name] for name, file in files.items() if not _is_usable(file, _about_latents)}
     if todo:
         vae = checkpoint.load_vae(device=device, dtype=torch.float32)
+        done: set[Path] = set()
         try:
             for name in _with_progress(list(todo), "encoding audio"):
-                try:
-                    if not files[name].exists():  # another song with the same audio may just have made it
-                        _encode_song(vae, todo[name], files[name], config)
-                    summary.changed.add(name)
-                except UserError as error:
-                    summary.failed[name] = str(error)
-                    del files[name]
+                if files[name] not in done:  # another song may have the same audio
+                    try:
+                        latents, loudest = _encode_song(vae, todo[name], files[name].stem, config)
+                    except UserError as error:
+                        summary.failed[name] = str(error)
+                        del files[name]
+                        continue
+                    _save(files[name], {"latents": latents}, {"peak": f"{loudest:.3g}"})
+                    done.add(files[name])
+                summary.changed.add(name)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the VAE ran out of memory at tile_seconds={config.tile_seconds:g}; "
@@ -244,13 +275,14 @@ def _encode_songs(
     return files
 
 
-def _encode_song(vae: Any, path: Path, file: Path, config: PreprocessConfig) -> None:
+def _encode_song(vae: Any, path: Path, key: str, config: PreprocessConfig) -> tuple[Tensor, float]:
+    """Give a song's latents, (T, 64) in float16, and its peak."""
     audio = read_audio(path, config.max_song_seconds)
-    generator = torch.Generator().manual_seed(int(file.stem[:15], 16))  # the same in any order of songs
+    generator = torch.Generator().manual_seed(int(key[:15], 16))  # the same in any order of songs
     latents = encode_latents(vae, audio, tile_seconds=config.tile_seconds, generator=generator).half()
     if not latents.isfinite().all():
         raise UserError(f"{path} is so loud that its latents are not finite numbers; export it again")
-    _save(file, {"latents": latents}, {"peak": f"{peak(audio):.3g}"})
+    return latents, peak(audio)
 
 
 # second pass: words
@@ -286,8 +318,8 @@ def _encode_prompts(
     dtype: torch.dtype,
     summary: PreprocessSummary,
 ) -> None:
-    """Encode the words that were not encoded before."""
-    todo = [name for name, file in files.items() if not file.exists()]
+    """Encode the words that were not encoded before; take songs whose condition is of no use out of ``files``."""
+    todo = [name for name, file in files.items() if not _is_usable(file, _about_conditions)]
     if not todo:
         return
     tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
@@ -301,9 +333,12 @@ def _encode_prompts(
             condition = encode_condition(
                 text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=silence
             )
-            if not condition.isfinite().all():
-                raise UserError(f"the condition of {name} is not finite in {dtype}; use precision=fp32")
             conditions[key] = condition.cpu().contiguous()
+        if not all(condition.isfinite().all() for condition in conditions.values()):
+            summary.failed[name] = f"the condition of {name} is not finite in {dtype}; use precision=fp32"
+            summary.changed.discard(name)
+            del files[name]
+            continue
         _save(files[name], conditions, {"cut": json.dumps({key: cut for key, cut in cuts.items() if cut})})
         summary.changed.add(name)
     del text_encoder, condition_encoder
@@ -353,14 +388,20 @@ def _unused_files(folder: Path, used: set[Path]) -> int:
 # files
 
 
-def _prepare(folder: Path) -> None:
-    """Make the dataset folder and clear what a killed run left half-written in it."""
+def _make_folders(folder: Path) -> None:
     for part in (LATENTS, CONDITIONS):
         try:
             (folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"dataset_dir={folder} cannot be written: {error}") from error
-        remove_abandoned(folder / part)
+
+
+def _variant_before(folder: Path) -> str | None:
+    """Name the variant the dataset was for; None if there was none, or what describes it is damaged."""
+    try:
+        return read_manifest(folder)[0].model_variant
+    except UserError:
+        return None  # it is written anew in any case
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -371,13 +412,37 @@ def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         raise UserError(f"{file} cannot be written: {error}") from error
 
 
-def _read_header(file: Path, key: str) -> tuple[list[int], dict[str, str]]:
-    """Read the shape of one tensor and the metadata of its file."""
+def _about_latents(file: Path) -> tuple[int, float]:
+    """Read the number of frames of a song, and its peak."""
+    shape, peak_of_song = _read_header(file, "latents", "peak", float)
+    return shape[0], peak_of_song
+
+
+def _about_conditions(file: Path) -> tuple[int, dict[str, int]]:
+    """Read the width of a song's conditions, and how many tokens were cut from which of its texts."""
+    shape, cuts = _read_header(file, "caption", "cut", json.loads)
+    return shape[1], cuts
+
+
+def _read_header(file: Path, key: str, note: str, parse: Callable[[str], Any]) -> tuple[list[int], Any]:
+    """Read the shape of one tensor and one entry of the metadata of its file."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return tensors.get_slice(key).get_shape(), tensors.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete it and run the same command again") from error
+            return tensors.get_slice(key).get_shape(), parse((tensors.metadata() or {})[note])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error})") from error
+
+
+def _is_usable(file: Path, read: Callable[[Path], object]) -> bool:
+    """Say whether a file was encoded before and can still be read."""
+    if not file.exists():
+        return False
+    try:
+        read(file)
+    except UserError as error:
+        log.warning("%s; it is made again", error)
+        return False
+    return True
 
 
 def _key(*parts: object) -> str:
@@ -402,7 +467,15 @@ def _with_progress(names: list[str], what: str) -> Iterator[str]:
             log.info("%s, song %d of %d: %s", what, number, len(names), name)
             yield name
         return
-    with tqdm(names, desc=what, unit="song", dynamic_ncols=True) as bar:
+    with logging_redirect_tqdm(), tqdm(names, desc=what, unit="song", dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_postfix_str(name)
             yield name
+
+
+def _as_typed(key: str, value: str) -> str:
+    """Write a setting so that the shell, and Hydra behind it, read it back."""
+    if not re.fullmatch(r"(\.{0,2}/|[A-Za-z_])[\w./-]*", value, re.ASCII):
+        escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
+        value = f'"{escaped}"'
+    return shlex.quote(f"{key}={value}")

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from sidestep.errors import UserError
 from sidestep.files import describe, write_text
 
 FORMAT = 1
+AGAIN = "run python -m sidestep.preprocess again"
 INFO, SONGS = "dataset_info.json", "songs.jsonl"
 
 
@@ -60,7 +64,7 @@ class DatasetInfo:
     fingerprints: dict[str, str]
     """Of the checkpoint's vae, text_encoder and condition_encoder."""
     settings: dict[str, Any]
-    """The preprocessing settings that shaped the data: custom_tag, tag_position, genre_ratio, language, seed, ..."""
+    """The preprocessing settings that shaped the data: custom_tags, tag_position, genre_ratio, language, seed, ..."""
     num_songs: int = 0
     total_seconds: float = 0.0
     sidestep_version: str = ""
@@ -85,26 +89,44 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
             f"dataset_dir={folder} is not a dataset: no {INFO} ({describe(folder)}); "
             f"make one with python -m sidestep.preprocess audio_dir=<songs> dataset_dir={folder}"
         )
-    info = _parse(DatasetInfo, (folder / INFO).read_text(encoding="utf-8"), str(folder / INFO))
+    where = str(folder / INFO)
+    info: DatasetInfo = _parse(DatasetInfo, "".join(_lines(folder / INFO)), where)
     if info.format != FORMAT:
-        raise UserError(f"{folder / INFO} has format {info.format}; this sidestep reads format {FORMAT}")
+        raise UserError(f"{where} has format {info.format}; this sidestep reads format {FORMAT}")
+    if not isinstance(info.settings.get("custom_tags"), list):
+        raise UserError(f"{where}: settings has no list custom_tags; {AGAIN}")
     songs_file = folder / SONGS
-    if not songs_file.is_file():
-        raise UserError(f"{songs_file} is missing; run python -m sidestep.preprocess again")
-    with songs_file.open(encoding="utf-8") as lines:
-        songs = [_parse(SongRecord, line, f"{songs_file} line {n}") for n, line in enumerate(lines, start=1)]
+    songs = [_parse(SongRecord, line, f"{songs_file} line {n}") for n, line in enumerate(_lines(songs_file), start=1)]
     if not songs:
-        raise UserError(f"{songs_file} names no songs; run python -m sidestep.preprocess again")
+        raise UserError(f"{songs_file} names no songs; {AGAIN}")
     for song in songs:
         for file in (song.latents, song.conditions):
-            if Path(file).is_absolute() or ".." in Path(file).parts:
-                raise UserError(f"{songs_file}: {file!r} leaves the dataset folder")
+            if ".." in file or not re.fullmatch(r"\w[\w./-]{0,254}", file, re.ASCII):
+                raise UserError(f"{songs_file}: {file[:60]!r} is no file of the dataset folder; {AGAIN}")
     return info, songs
 
 
-def _parse(cls: type[Any], text: str, where: str) -> Any:
+def _lines(path: Path) -> list[str]:
     try:
-        values = json.loads(text)
-        return cls(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where} cannot be understood: {error}; run python -m sidestep.preprocess again") from error
+        with path.open(encoding="utf-8") as lines:
+            return list(lines)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; {AGAIN}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; {AGAIN}") from error
+
+
+def _parse(cls: type[Any], text: str, where: str) -> Any:
+    """Make a dataclass of one JSON object whose values have the types of its fields."""
+    try:
+        record = cls(**json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} cannot be understood: {error}; {AGAIN}") from error
+    for name, wanted in typing.get_type_hints(cls).items():
+        value = getattr(record, name)
+        options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+        known = [typing.get_origin(option) or option for option in options]
+        if type(value) not in known and not (wanted is float and type(value) is int):
+            kind = " or ".join("null" if option is types.NoneType else option.__name__ for option in known)
+            raise UserError(f"{where}: {name} must be {kind}, found {value!r:.60}; {AGAIN}")
+    return record

@@ -5,20 +5,22 @@ Read in this order, each value of a later source taking the place of an earlier 
     file name              "01 - My_song.wav" has the caption "My song" if nothing else gives one
     dataset.json           of ACE-Step's or Side-Step's dataset builder: {"metadata": ..., "samples": [...]},
                            or only the list; an entry belongs to the song its audio_path or filename names
-    song.txt               Side-Step's "caption: ..." lines with the lyrics last, or, if the first line is no such
-                           key, the lyrics alone, as in ACE-Step's older datasets
+    song.txt               Side-Step's "caption: ..." lines with the lyrics last, or the lyrics alone, as in
+                           ACE-Step's older datasets; ``_parse_txt`` tells them apart
     song.json              an object with the keys of a dataset.json entry
     song.caption.txt       the caption alone
     song.lyrics.txt        the lyrics alone
 
 Files beside a song win over dataset.json because they are what people edit by hand. An empty value counts as
-not given. Every mistake in every file is collected and reported at once.
+not given. A song with a mistake in its words is left out, with all of its mistakes by file and key.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,12 +30,19 @@ from typing import Any
 from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
 from sidestep.data.audio import find_audio
 from sidestep.errors import UserError
+from sidestep.files import describe
 
 TAG_POSITIONS = ("prepend", "append", "replace")
 PROMPTS = ("caption", "genre")
 
 _ALIASES = {"key": "keyscale", "signature": "timesignature", "time_signature": "timesignature"}
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_KEY_LINE = re.compile(r"\s*(\w+)\s*:(.*)")
+_FORMS = {
+    "keyscale": re.compile(r"[a-g]\s*(#|b|\u266f|\u266d|-?sharp|-?flat)?\s*(m|maj|min|major|minor)?"),
+    "language": re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?|unknown"),
+}
+"""What the values of keys look like that otherwise take any text; in lower case."""
 _TRACK_NUMBER = re.compile(r"^(\d{2,3}\s*[-._]\s*|0\d\s+)")
 
 
@@ -72,6 +81,8 @@ class SongList:
     songs: list[Song]
     tag_position: str
     genre_ratio: int
+    failed: dict[str, str] = field(default_factory=dict)
+    """Songs and entries of dataset.json that cannot be used, and why."""
     missing: list[str] = field(default_factory=list)
     """Entries of dataset.json whose audio file is not there."""
     notes: list[str] = field(default_factory=list)
@@ -83,8 +94,8 @@ def read_songs(
     *,
     metadata_file: Path | None = None,
     custom_tag: str = "",
-    tag_position: str = "prepend",
-    genre_ratio: int = 0,
+    tag_position: str | None = None,
+    genre_ratio: int | None = None,
     language: str = "unknown",
 ) -> SongList:
     """Find the songs of a folder and read their words.
@@ -93,34 +104,40 @@ def read_songs(
         audio_dir: folder of songs, searched with its subfolders.
         metadata_file: a dataset.json; None takes the one in ``audio_dir`` if there is one.
         custom_tag: trigger word of every song; empty leaves it to each entry of dataset.json, then to its metadata.
-        tag_position: where the tag goes; "prepend", the default, leaves it to dataset.json if the tag comes from there.
-        genre_ratio: per cent of songs that train on their genre line; 0 leaves it to dataset.json.
+        tag_position: where the tag goes; None leaves it to dataset.json, then to "prepend".
+        genre_ratio: per cent of songs that train on their genre line; None leaves it to dataset.json, then to 0.
         language: of songs that do not name one.
 
     Raises:
-        UserError: naming every file and key that cannot be used.
+        UserError: if there are no songs, or a dataset.json cannot be read.
     """
-    problems: list[str] = []
     songs = [Song(path=path, name=path.relative_to(audio_dir).as_posix()) for path in find_audio(audio_dir)]
-    if metadata_file is None and (audio_dir / "dataset.json").is_file():
-        metadata_file = audio_dir / "dataset.json"
-    listing = SongList(songs=songs, tag_position=tag_position, genre_ratio=genre_ratio)
+    if metadata_file is None:
+        metadata_file = _find_dataset_json(audio_dir, songs)
+    elif not metadata_file.is_file():
+        raise UserError(f"metadata_file={metadata_file} is not a file: {describe(metadata_file)}")
+    listing = SongList(songs=songs, tag_position=tag_position or "prepend", genre_ratio=genre_ratio or 0)
     entries: dict[str, dict[str, Any]] = {}
     if metadata_file is not None:
         metadata, samples = _read_dataset_json(metadata_file)
-        entries = _match_entries(samples, songs, audio_dir, metadata_file, listing.missing, problems)
-        file_tag = _apply_metadata(metadata, listing, custom_tag, metadata_file, problems)
+        values = _read_metadata(metadata, metadata_file)
+        if tag_position is None:
+            listing.tag_position = values.get("tag_position", "prepend")
+        if genre_ratio is None:
+            listing.genre_ratio = values.get("genre_ratio", 0)
         for song in songs:
-            song.custom_tag = file_tag
+            song.custom_tag = values.get("custom_tag", "")
+        entries = _match_entries(samples, listing, audio_dir, metadata_file)
     for song in songs:
-        where = f"{metadata_file} entry of {song.name}"
-        _merge(song, entries.get(song.name, {}), "dataset.json", where, problems)
-        for values, sidecar in _read_sidecars(song.path, metadata_file, problems):
-            _merge(song, values, "sidecar", str(sidecar), problems)
+        problems: list[str] = []
+        _merge(song, entries.get(song.name, {}), "dataset.json", f"{metadata_file} entry of {song.name}", problems)
+        for words, sidecar in _read_sidecars(song, metadata_file, listing.notes, problems):
+            _merge(song, words, "sidecar", str(sidecar), problems)
         _complete(song, custom_tag, language, problems)
-    if problems:
-        raise UserError("; ".join(problems))
+        if problems:
+            listing.failed[song.name] = printable("; ".join(problems))
     _choose_prompts(listing)
+    listing.songs = [song for song in songs if song.name not in listing.failed]
     return listing
 
 
@@ -132,6 +149,11 @@ def caption_from_name(path: Path) -> str:
     """
     words = " ".join(_TRACK_NUMBER.sub("", path.stem).replace("_", " ").split())
     return words or path.stem
+
+
+def printable(text: str) -> str:
+    """Escape text that would end a line or move the cursor, as names of files may."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _complete(song: Song, custom_tag: str, language: str, problems: list[str]) -> None:
@@ -175,8 +197,20 @@ def _names(names: list[str], limit: int = 10) -> str:
 # dataset.json
 
 
-def _read_dataset_json(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read the file-level metadata and the entries."""
+def _find_dataset_json(audio_dir: Path, songs: list[Song]) -> Path | None:
+    """Find the dataset.json of a folder, unless it is the words of a song named ``dataset``."""
+    path = audio_dir / "dataset.json"
+    if not path.is_file():
+        return None
+    if any(song.path.with_suffix(".json") == path for song in songs):
+        content = _read_json(path)
+        if isinstance(content, dict) and "samples" not in content:
+            return None
+    return path
+
+
+def _read_dataset_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Read the metadata of all songs and the entries."""
     content = _read_json(path)
     if isinstance(content, list):
         content = {"samples": content}
@@ -184,115 +218,149 @@ def _read_dataset_json(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     metadata = content.get("metadata", {}) if isinstance(content, dict) else None
     if not isinstance(samples, list) or not isinstance(metadata, dict):
         keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise UserError(f'{path} must be a list of songs or {{"metadata": {{...}}, "samples": [...]}}, it has {keys}')
-    for index, entry in enumerate(samples):
-        if not isinstance(entry, dict):
-            raise UserError(f'{path} entry {index} must be an object such as {{"filename": ...}}, it is {entry!r}')
+        wanted = '{"metadata": {...}, "samples": [...]}'
+        raise UserError(f"{path} must be a list of songs or {wanted}, it has {printable(keys):.200}")
     return metadata, samples
 
 
-def _apply_metadata(
-    metadata: dict[str, Any], listing: SongList, custom_tag: str, path: Path, problems: list[str]
-) -> str:
-    """Take the file's own tag position and genre ratio where the settings leave them open; return its tag."""
+def _read_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check what dataset.json says about all songs."""
     values: dict[str, Any] = {}
+    problems: list[str] = []
     for key, convert in _FILE_KEYS.items():
         if metadata.get(key) not in (None, ""):
             _convert(key, metadata[key], convert, values, f"{path} metadata", problems)
-    if not custom_tag and listing.tag_position == "prepend":
-        listing.tag_position = values.get("tag_position", "prepend")
-    listing.genre_ratio = listing.genre_ratio or values.get("genre_ratio", 0)
-    tag: str = values.get("custom_tag", "")
-    return tag
+    if problems:
+        raise UserError("; ".join(problems))
+    return values
 
 
-def _match_entries(
-    samples: list[dict[str, Any]],
-    songs: list[Song],
-    audio_dir: Path,
-    path: Path,
-    missing: list[str],
-    problems: list[str],
-) -> dict[str, dict[str, Any]]:
-    """Find the song that each entry is about, by its audio_path and then by its file name.
-
-    Paths written on another machine do not exist here, so the last part of one is enough if only one song has it.
-    """
-    by_path = {song.path.resolve(): song for song in songs}
-    by_file_name: dict[str, list[Song]] = {}
-    for song in songs:
-        by_file_name.setdefault(song.path.name, []).append(song)
+def _match_entries(samples: list[Any], listing: SongList, audio_dir: Path, path: Path) -> dict[str, dict[str, Any]]:
+    """Give each song the entry that is about it; what cannot be given goes to ``failed`` and ``missing``."""
+    songs = {os.path.realpath(song.path): song for song in listing.songs}
     matched: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(samples):
-        values = (entry.get(key) for key in ("audio_path", "filename"))
-        names = [value.replace("\\", "/") for value in values if isinstance(value, str) and value]
-        if not names:
-            problems.append(f"{path} entry {index}: neither audio_path nor filename names a file")
-            continue
-        candidates = [(folder / name).resolve() for name in names for folder in (path.parent, audio_dir)]
-        found = [by_path[candidate] for candidate in candidates if candidate in by_path][:1]
-        if not found:
-            if any(file.is_file() and not file.is_relative_to(audio_dir.resolve()) for file in candidates):
-                problems.append(f"{path} entry {index}: {names[0]} is outside audio_dir={audio_dir}; move it there")
-                continue
-            found = by_file_name.get(Path(names[-1]).name, [])
-        if len(found) > 1:
-            problems.append(f"{path} entry {index}: {names[0]} could be any of {_names([s.name for s in found])}")
-        elif not found:
-            missing.append(names[0])
-        elif found[0].name in matched:
-            problems.append(f"{path} entry {index}: {found[0].name} is named twice")
-        else:
-            matched[found[0].name] = entry
+        try:
+            song = _song_of(entry, songs, audio_dir, path.parent)
+            if song.name in matched:
+                raise ValueError(f"{song.name} is named twice; the first entry is used")
+            matched[song.name] = entry
+        except LookupError as error:
+            listing.missing.append(str(error.args[0]))
+        except ValueError as error:
+            listing.failed[f"{path} entry {index}"] = str(error)
     return matched
+
+
+def _song_of(entry: Any, songs: dict[str, Song], audio_dir: Path, beside: Path) -> Song:
+    """Find the song that an entry is about, by its audio_path and then by its file name.
+
+    Paths written on another machine do not exist here, so the last part of one is enough if only one song has it.
+
+    Raises:
+        LookupError: with the name of a file that is not there.
+        ValueError: saying why the entry cannot be used.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {entry!r:.60}')
+    values = (entry.get(key) for key in ("audio_path", "filename"))
+    names = [value.replace("\\", "/") for value in values if isinstance(value, str) and value]
+    if not names:
+        raise ValueError("neither audio_path nor filename names a file")
+    if any(_CONTROL.search(name) for name in names):
+        raise ValueError("its file name holds control characters")
+    candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, audio_dir)]
+    for candidate in candidates:
+        if candidate in songs:
+            return songs[candidate]
+    if any(os.path.isfile(file) and not Path(file).is_relative_to(audio_dir.resolve()) for file in candidates):
+        raise ValueError(f"{names[0]} is outside audio_dir={audio_dir}; move it there")
+    same_name = [song for song in songs.values() if song.path.name == names[-1].rpartition("/")[2]]
+    if len(same_name) > 1:
+        raise ValueError(f"{names[0]} could be any of {_names([song.name for song in same_name])}")
+    if not same_name:
+        raise LookupError(names[0][:200])
+    return same_name[0]
 
 
 # sidecars
 
 
-def _read_sidecars(audio: Path, metadata_file: Path | None, problems: list[str]) -> list[tuple[dict[str, Any], Path]]:
+def _read_sidecars(
+    song: Song, metadata_file: Path | None, notes: list[str], problems: list[str]
+) -> list[tuple[dict[str, Any], Path]]:
     """Read the files beside a song, the one that wins last."""
     found: list[tuple[dict[str, Any], Path]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
-        path = audio.with_name(audio.stem + suffix)
-        if path.is_file() and path != metadata_file:
+        path = song.path.with_name(song.path.stem + suffix)
+        if os.path.isfile(path) and path != metadata_file:  # unlike Path.is_file, it takes a name of any length
             try:
                 found.append((parse(path), path))
             except UserError as error:
                 problems.append(str(error))
 
-    read(".txt", lambda path: _parse_txt(_read_text(path)))
+    def parse_txt(path: Path) -> dict[str, Any]:
+        values, unused = _parse_txt(_read_text(path))
+        if unused:
+            notes.append(f"not used from {path}: {_names(unused)}")
+        return values
+
+    read(".txt", parse_txt)
     read(".json", _read_object)
     read(".caption.txt", lambda path: {"caption": _read_text(path)})
     read(".lyrics.txt", lambda path: {"lyrics": _read_text(path)})
     return found
 
 
-def _parse_txt(text: str) -> dict[str, Any]:
-    """Read Side-Step's ``key: value`` lines, or lyrics if the first line is not one.
+def _parse_txt(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Read Side-Step's ``key: value`` lines, or lyrics alone.
 
-    Caption and lyrics may go on over many lines, up to a key that was not seen yet; the lyrics come last. Keys that
-    are not a song's are passed over, as they are in JSON.
+    The lines at the top that look like ``word: ...`` decide: if one of them has a key of a song and a value that such
+    a key can have, the file is of keys. Lyrics may begin with "Key: to my heart", which is no key of music.
+
+    Caption and lyrics may go on over many lines, up to a key that was not seen yet. Lyrics come last, so only a key
+    with a value that it can have ends them.
+
+    Returns:
+        The values by key, and the lines that belong to none.
     """
-    if _key_of(text.strip().partition("\n")[0]) is None:
-        return {"lyrics": text}
+    lines = text.strip().splitlines()
+    top = itertools.takewhile(lambda line: not line.strip() or _KEY_LINE.match(line), lines)
+    if not any(_is_sure_key(line) for line in top):
+        return {"lyrics": text}, []
     values: dict[str, Any] = {}
+    unused: list[str] = []
     key = ""
-    for line in text.strip().splitlines():
-        name = _key_of(line)
-        if name is not None and name not in values:
-            key, line = name, line.partition(":")[2].strip()
-            values[key] = line
+    for line in lines:
+        name, value = _split_key(line)
+        if name in _SONG_KEYS and name not in values and (key != "lyrics" or _is_sure_key(line)):
+            key = name
+            values[key] = value
         elif key in ("caption", "lyrics"):
             values[key] += f"\n{line}"
-    return values
+        elif line.strip():
+            unused.append(line.strip()[:60])
+    return values, unused
 
 
-def _key_of(line: str) -> str | None:
-    name, colon, _ = line.partition(":")
-    name = name.strip().lower()
-    return name if colon and _ALIASES.get(name, name) in _SONG_KEYS else None
+def _split_key(line: str) -> tuple[str, str]:
+    match = _KEY_LINE.match(line)
+    if match is None:
+        return "", ""
+    key = match[1].lower()
+    return _ALIASES.get(key, key), match[2].strip()
+
+
+def _is_sure_key(line: str) -> bool:
+    """Say whether a line is a key of a song with a value that such a key can have."""
+    key, value = _split_key(line)
+    if key in _FORMS:
+        return _FORMS[key].fullmatch(value.lower()) is not None
+    try:
+        return key in _SONG_KEYS and _SONG_KEYS[key](value) is not None
+    except ValueError:
+        return False
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -305,7 +373,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
 
 
@@ -362,8 +430,9 @@ def _line(value: Any) -> str:
 def _bpm(value: Any) -> int:
     message = "a number of beats per minute above 0"
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError, OverflowError):
+        words = re.sub(r"\s*bpm$", "", str(value).strip(), flags=re.IGNORECASE)
+        number = math.nan if isinstance(value, bool) else float(words)
+    except ValueError:
         raise ValueError(message) from None
     if not 0.5 <= number < 10_000:
         raise ValueError(message)
@@ -372,7 +441,7 @@ def _bpm(value: Any) -> int:
 
 def _timesignature(value: Any) -> str:
     """Keep the numerator, which is all that ACE-Step's prompt has room for."""
-    match = re.fullmatch(r"(\d{1,2})(/\d{1,2})?", str(value).strip())
+    match = re.fullmatch(r"([1-9]\d?)(\.0+)?(\s*/\s*[1-9]\d?)?", str(value).strip(), re.ASCII)
     if match is None:
         raise ValueError('a number of beats per bar such as "4" or "4/4"')
     return match[1]

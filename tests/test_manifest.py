@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sidestep.data.dataset import SongDataset
+from sidestep.data.manifest import read_manifest
+from sidestep.errors import UserError
+
+
+@pytest.fixture
+def dataset_copy(dataset_dir, tmp_path):
+    """A dataset that a test may damage."""
+    return shutil.copytree(dataset_dir, tmp_path / "data")
+
+
+def edit_song(folder, **values):
+    path = folder / "songs.jsonl"
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | values), *rest]) + "\n", encoding="utf-8")
+
+
+def edit_info(folder, **values):
+    path = folder / "dataset_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_frames": "x"}, "num_frames must be int, found 'x'"),
+        ({"num_frames": True}, "num_frames must be int, found True"),
+        ({"bpm": 1.5}, "bpm must be int or null, found 1.5"),
+        ({"audio": None}, "audio must be str, found None"),
+        ({"tempo": 3}, "cannot be understood: .*unexpected keyword argument 'tempo'"),
+        ({"latents": "/etc/passwd"}, "'/etc/passwd' is no file of the dataset folder"),
+        ({"latents": "latents/../../x"}, "is no file of the dataset folder"),
+        ({"conditions": "x" * 5_000}, "'x{60}' is no file of the dataset folder"),
+        ({"conditions": "a\0b"}, "is no file of the dataset folder"),
+    ],
+)
+def test_a_song_with_a_value_of_the_wrong_kind_is_refused_by_line_and_key(dataset_copy, values, message):
+    edit_song(dataset_copy, **values)
+    with pytest.raises(UserError, match=rf"songs\.jsonl.*{message}.*again") as error:
+        SongDataset(dataset_copy, max_seconds=2, seed=0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"settings": {}}, "settings has no list custom_tags"),
+        ({"settings": {"custom_tags": 3}}, "settings has no list custom_tags"),
+        ({"settings": []}, r"settings must be dict, found \[\]"),
+        ({"fingerprints": None}, "fingerprints must be dict, found None"),
+        ({"condition_width": "64"}, "condition_width must be int, found '64'"),
+        ({"format": 2}, "has format 2; this sidestep reads format 1"),
+    ],
+)
+def test_a_description_with_a_value_of_the_wrong_kind_is_refused_by_key(dataset_copy, values, message):
+    edit_info(dataset_copy, **values)
+    with pytest.raises(UserError, match=rf"dataset_info\.json:? {message}"):
+        read_manifest(dataset_copy)
+
+
+@pytest.mark.parametrize("name", ["songs.jsonl", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff\xfe", b"{"])
+def test_a_file_that_is_no_description_is_refused_by_name(dataset_copy, name, content):
+    (dataset_copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}.*again"):
+        read_manifest(dataset_copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "message"),
+    [
+        ("latents", torch.zeros(60, 63), r"holds \(60, 63\) torch.float32, not rows of 64"),
+        ("latents", torch.zeros(60), r"holds \(\d+,\) torch.float32"),
+        ("latents", torch.tensor(1.0), "cannot be read"),
+        ("latents", torch.zeros(60, 64, dtype=torch.int64), "torch.int64, not rows of 64"),
+        ("latents", torch.full((60, 64), torch.inf), "holds values that are no numbers"),
+        ("latents", torch.zeros(0, 64), "is shorter than the 60 frames"),
+        ("caption", torch.zeros(5, 63), r"holds \(5, 63\) torch.float32, not rows of 64"),
+        ("caption", torch.full((5, 64), torch.nan), "holds values that are no numbers"),
+        ("caption", torch.zeros(0, 64), "holds no tokens"),
+    ],
+)
+def test_a_file_that_cannot_be_trained_on_is_refused_by_name(dataset_copy, part, tensor, message):
+    file = {"latents": "latents", "caption": "conditions"}[part] + "/song0.safetensors"
+    save_file({part: tensor}, dataset_copy / file)
+    dataset = SongDataset(dataset_copy, max_seconds=2, seed=0)
+    position = next(position for position in range(4) if dataset.order[position] == 0)
+    with pytest.raises(UserError, match=rf"{file} of song0\.wav {message}.*again"):
+        dataset[position]
+
+
+def test_a_whole_number_of_seconds_is_a_number_of_seconds(dataset_copy):
+    edit_info(dataset_copy, total_seconds=3)
+    assert read_manifest(dataset_copy)[0].total_seconds == 3
