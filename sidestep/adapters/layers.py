@@ -5,14 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
+
+from sidestep.adapters.fused import LokrProduct, add_frozen
 
 
 def row_norms(weight: Tensor) -> Tensor:
     """Length of each row of a weight (out, in, ...) as LyCORIS measures it: (out, 1, ...), never 0."""
     norms = weight.flatten(1).norm(dim=1) + torch.finfo(torch.float32).eps
     return norms.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+class StructuredLokr(LokrModule):
+    """LoKr computed by :class:`~sidestep.adapters.fused.LokrProduct`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.org_module[0]
+        w1 = self.lokr_w1 if self.use_w1 else self.lokr_w1_a @ self.lokr_w1_b
+        w2, w2_a = (self.lokr_w2, None) if self.use_w2 else (self.lokr_w2_b, self.lokr_w2_a)
+        return LokrProduct.apply(x, base.weight, base.bias, w1, w2, w2_a, self.scale)
+
+
+class FoldedLoha(LohaModule):
+    """LoHa in the form that adds to the output of the wrapped layer, rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.org_module[0]
+        x = x.to(base.weight.dtype)
+        return add_frozen(self.bypass_forward_diff(x), x, base)
 
 
 class DecomposedLokr(LokrModule):

@@ -57,11 +57,11 @@ class LohaAdapter(LycorisAdapter):
     config: LohaConfig
 
     def __init__(self, transformer: nn.Module, paths: Sequence[str], config: LohaConfig) -> None:
-        from lycoris.modules.loha import LohaModule
+        from sidestep.adapters.layers import FoldedLoha
 
         self.config = config
         settings = {"lora_dim": config.rank, "alpha": config.scale * config.rank}
-        super().__init__(transformer, paths, LohaModule, settings)
+        super().__init__(transformer, paths, FoldedLoha, settings)
 
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
         """Write ``loha_weights.safetensors``, with the header that LoKr's file has in ACE-Step."""

@@ -110,9 +110,7 @@ class LokrAdapter(LycorisAdapter):
     config: LokrConfig
 
     def __init__(self, transformer: nn.Module, paths: Sequence[str], config: LokrConfig) -> None:
-        from lycoris.modules.lokr import LokrModule
-
-        from sidestep.adapters.layers import DecomposedLokr
+        from sidestep.adapters.layers import DecomposedLokr, StructuredLokr
 
         self.config = config
         settings = {
@@ -122,7 +120,7 @@ class LokrAdapter(LycorisAdapter):
             "decompose_both": config.decompose_both,
             "full_matrix": config.full_matrix,
         }
-        super().__init__(transformer, paths, DecomposedLokr if config.weight_decompose else LokrModule, settings)
+        super().__init__(transformer, paths, DecomposedLokr if config.weight_decompose else StructuredLokr, settings)
         self.notes = self._notes()
 
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:

@@ -83,6 +83,12 @@ class LoraConfig(LowRankConfig):
             use_dora=self.use_dora,
             target_modules=list(paths),
         )
+        if not self.use_dora:
+            from torch import nn
+
+            from sidestep.adapters.fused import FusedLora
+
+            config._register_custom_module({nn.Linear: FusedLora})
         peft.inject_adapter_in_model(config, transformer)
         return LoraAdapter(transformer, paths, self)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sidestep.acestep.conditioning import context_latents
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.conditioning import context_latents
 from sidestep.data.dataset import Batch
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig, draw_noising

@@ -1,0 +1,129 @@
+"""Frozen linear layers with an adapter beside them, as one node of the graph each.
+
+What an adapter adds is multiplied in the dtype of the frozen weight, and the frozen product is accumulated onto it and
+rounded once. Added afterwards, to a product that is rounded already, most of a young adapter would be lost in
+bfloat16: changes of the output below half of its last digit. For the backward pass only the inputs are kept, which
+neighbouring layers share; casts and small products are made again.
+
+Shapes: S tokens (batch and length together), ``weight`` (out, in), ``x`` (..., in).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class FusedLora(Linear):
+    """PEFT's LoRA layer, computed by :class:`LoraProduct`; with dropout, as PEFT computes it but rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+        scale, dropout = self.scaling["default"], self.lora_dropout["default"]
+        if not self.training or isinstance(dropout, nn.Identity):
+            return LoraProduct.apply(x, base.weight, base.bias, a, b, scale)
+        x, a, b = (tensor.to(base.weight.dtype) for tensor in (x, a, scale * b))
+        return add_frozen(dropout(x) @ a.T @ b.T, x, base)
+
+
+def add_frozen(change: Tensor, x: Tensor, base: nn.Linear) -> Tensor:
+    """Give ``base(x) + change``, rounded once; for changes that are not one of the products below.
+
+    Args:
+        change: (..., out).
+        x: (..., in), of the same dtype.
+        base: the frozen layer.
+    """
+    output = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), base.weight.T).view(change.shape)
+    return output if base.bias is None else output + base.bias
+
+
+class LoraProduct(torch.autograd.Function):
+    """y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
+
+    ``a`` is (rank, in), ``b`` (out, rank), both of any float dtype, and so are their gradients. Also keeps
+    x A^T, (S, rank).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inputs = x.to(weight.dtype).reshape(-1, x.shape[-1])  # (S, in)
+        inner = inputs @ a.to(weight.dtype).T  # (S, rank)
+        y = inner @ (scale * b).to(weight.dtype).T  # (S, out)
+        ctx.save_for_backward(inputs, weight, a, b, inner)
+        ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
+        return _add_frozen(y, inputs, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, a, b, inner = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        d_inner = dy @ (ctx.scale * b).to(dy.dtype)  # (S, rank)
+        da = (d_inner.T @ inputs).to(a.dtype)
+        db = ctx.scale * (dy.T @ inner).to(b.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (d_inner @ a.to(dy.dtype)).addmm_(dy, weight).view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, da, db, None
+
+
+class LokrProduct(torch.autograd.Function):
+    """y = x W^T + bias + scale * x (W1 kron W2)^T (Yeh et al. 2023, arXiv:2309.14859), without the Kronecker product.
+
+    With the inputs of a token written as X (q, v), W1 (p, q) and W2 (u, v), its change is the matrix W1 X W2^T (p, u).
+    W2 is ``w2`` (u, v), or ``w2_a @ w2`` of (u, r) and (r, v), which are never multiplied out either. Otherwise as
+    :class:`LoraProduct`, but nothing besides the inputs is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w1: Tensor,
+        w2: Tensor,
+        w2_a: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        inputs = x.to(weight.dtype).reshape(-1, x.shape[-1])  # (S, q * v)
+        right = inputs.view(-1, w1.shape[1], w2.shape[1]) @ w2.to(weight.dtype).T  # (S, q, r)
+        y = (scale * w1).to(weight.dtype) @ right  # (S, p, r)
+        if w2_a is not None:
+            y = y @ w2_a.to(weight.dtype).T  # (S, p, u)
+        ctx.save_for_backward(inputs, weight, w1, w2, w2_a)
+        ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
+        return _add_frozen(y.reshape(len(inputs), -1), inputs, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, w1, w2, w2_a = ctx.saved_tensors
+        left, inner = (ctx.scale * w1).to(dy.dtype), w2.to(dy.dtype)  # (p, q), (r, v)
+        dy = dy.reshape(-1, dy.shape[-1])
+        blocks = inputs.view(-1, w1.shape[1], w2.shape[1])  # (S, q, v)
+        right = blocks @ inner.T  # (S, q, r)
+        d_left = dy.view(len(dy), w1.shape[0], -1)  # (S, p, u)
+        dw2_a = None
+        if w2_a is not None:
+            dw2_a = torch.tensordot(d_left, left @ right, ([0, 1], [0, 1])).to(w2_a.dtype)
+            d_left = d_left @ w2_a.to(dy.dtype)  # (S, p, r)
+        dw1 = ctx.scale * torch.tensordot(d_left, right, ([0, 2], [0, 2])).to(w1.dtype)
+        d_right = left.T @ d_left  # (S, q, r)
+        dw2 = torch.tensordot(d_right, blocks, ([0, 1], [0, 1])).to(w2.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (d_right @ inner).reshape(inputs.shape).addmm_(dy, weight).view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, dw1, dw2, dw2_a, None
+
+
+def _add_frozen(y: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Accumulate ``inputs`` (S, in) times the frozen weight onto ``y`` (S, out), in place."""
+    y.addmm_(inputs, weight.T)
+    return y if bias is None else y.add_(bias)
