@@ -122,7 +122,7 @@ def test_demos_that_begin_together_wait_for_each_other(tmp_path):
     """As the points of a sweep do under a launcher with several processes."""
     code = (
         "from tests.factories import train_config; from sidestep.demo import prepare_demo; "
-        "prepare_demo(train_config('experiment=demo', 'model_variant=base'))"
+        "prepare_demo(train_config('experiment=demo', 'dataset_dir=data/base'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     command = [sys.executable, "-c", code]
@@ -130,7 +130,7 @@ def test_demos_that_begin_together_wait_for_each_other(tmp_path):
     for process in both:
         _, log = process.communicate()
         assert process.returncode == 0, log.decode()
-    assert len(SongDataset(tmp_path / "outputs/demo-data/base", max_seconds=6, seed=0).songs) == 4
+    assert len(SongDataset(tmp_path / "data/base", max_seconds=6, seed=0).songs) == 4
 
 
 def test_preprocessing_says_what_it_skipped_and_exits_with_1(demo, tmp_path):

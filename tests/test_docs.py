@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.factories import preprocess_config, train_config
+from sidestep.generate import quote_words
+from tests.factories import export_config, generate_config, inspect_config, preprocess_config, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,11 +30,18 @@ def test_commands_were_found():
 
 @pytest.mark.parametrize(("page", "command", "arguments"), COMMANDS)
 def test_every_command_in_the_docs_is_accepted(page, command, arguments):
-    words = [word for word in arguments.split() if word not in ("-m", "...", "--help", "--cfg", "job")]
-    if any("," in word and "[" not in word for word in words):
-        words = [re.sub(r",[^,]*$", "", word) for word in words]  # the first point of a sweep
-    compose = {"train": train_config, "preprocess": preprocess_config}[command]
-    required = ["audio_dir=songs", "dataset_dir=data"] if command == "preprocess" else []
+    words = [
+        word for word in quote_words(shlex.split(arguments)) if word not in ("-m", "...", "--help", "--cfg", "job")
+    ]
+    if "-m" in arguments.split():
+        words = [word if "[" in word else word.partition(",")[0] for word in words]  # the first point of a sweep
+    compose, required = {
+        "train": (train_config, []),
+        "preprocess": (preprocess_config, ["audio_dir=songs", "dataset_dir=data"]),
+        "generate": (generate_config, []),
+        "export": (export_config, ["adapter_dir=final", "format=lora"]),
+        "inspect": (inspect_config, []),
+    }[command]
     compose(*required, *words)
 
 

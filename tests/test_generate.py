@@ -419,7 +419,7 @@ def test_words_that_are_quoted_already_and_sweeps_are_left_alone():
         (["scale=0.5"], "no effect without adapter_dir"),
         (["adapter_dir=[a,b]", "scale=[1]"], "scale has 1 numbers for 2 adapters"),
         (["adapter_dir=a", "scale=loud"], "scale=loud must be a number"),
-        (["adapter_dir=a", "scale=nan"], "scale=nan must be a number"),
+        (["adapter_dir=a", "scale=nan"], "scale=nan must be a finite number"),
         (["adapter_dir=a", "scale=true"], "scale=True must be a number"),
         (["adapter_dir=[[a]]"], "must be a folder, or a list"),
         (["guidance_scale=0.5"], "guidance_scale=0.5 must be at least 1"),

@@ -1,0 +1,44 @@
+"""The benchmarks run, and measure what they say."""
+
+import json
+
+import torch
+
+from benchmarks import step
+
+TINY = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 8,
+}  # fmt: skip
+
+
+def test_a_benchmark_measures_every_variant_and_writes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "TOY", step.Case(name="tiny", dtype="float32", num_tokens=40, sizes=TINY))
+    step.main(["--toy", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "new" / "step.json")])
+    (case,) = json.loads((tmp_path / "new" / "step.json").read_text())["cases"]
+    rows = {row["variant"]: row for row in case["rows"]}
+    assert list(rows) == list(step.VARIANTS)
+    assert rows["floor"]["to_floor"] == 1
+    for family in ("LoRA", "LoKr"):
+        ours, usual = rows[family], rows[f"{family}, usual"]
+        assert rows["floor"]["kept_mib"] < ours["kept_mib"] < usual["kept_mib"]
+        assert rows[f"{family}, checkpointed"]["kept_mib"] < 0.5 * ours["kept_mib"]
+    assert f"| LoKr | {rows['LoKr']['to_floor']:.2f} |" in capsys.readouterr().out
+
+
+def test_the_variants_of_a_family_are_the_same_model():
+    case = step.Case(name="tiny", dtype="float32", num_tokens=40, sizes=TINY)
+    torch.manual_seed(0)
+    weights = step.AceStepTransformer1DModel(**TINY).state_dict()
+    steps = {name: step.MicroStep(case, name, weights, torch.device("cpu")) for name in step.VARIANTS}
+    floor = steps["floor"].transformer
+    expected = floor(**steps["floor"].inputs, return_dict=False)[0]
+    trained = {}
+    for name, variant in steps.items():
+        output = variant.transformer(**variant.inputs, return_dict=False)[0]
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)  # no adapter has learnt anything yet
+        parameters = [parameter for parameter in variant.transformer.parameters() if parameter.requires_grad]
+        trained[name] = sum(parameter.numel() for parameter in parameters)
+    assert trained["floor"] == 0
+    assert trained["LoRA"] == trained["LoRA, usual, checkpointed"] > 0
+    assert trained["LoKr"] == trained["LoKr, usual, checkpointed"] > 0
