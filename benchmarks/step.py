@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -192,9 +193,10 @@ def measure(case: Case, device: torch.device, repeats: int) -> Iterator[dict[str
     steps = {variant: MicroStep(case, variant, weights, device) for variant in VARIANTS}
     memory = {variant: (step.kept_mib(), step.peak_mib()) for variant, step in steps.items()}  # also warms up
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}
+    order = random.Random(0)  # what runs before a step leaves caches and memory to it
     for _ in range(repeats):
-        for variant, step in steps.items():
-            seconds[variant].append(step())
+        for variant in order.sample(list(steps), len(steps)):
+            seconds[variant].append(steps[variant]())
     floor = statistics.median(seconds["floor"])
     for variant, times in seconds.items():
         median = statistics.median(times)
