@@ -224,6 +224,7 @@ TARGETS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # of torch, before it refuses the file
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("num_cases", [IN_CI, pytest.param(SOAK, marks=pytest.mark.slow)])
 def test_a_damaged_file_is_read_or_refused_in_one_line(world, name, num_cases):

@@ -78,10 +78,10 @@ def test_a_file_that_is_no_description_is_refused_by_name(dataset_copy, name, co
 @pytest.mark.parametrize(
     ("part", "tensor", "message"),
     [
-        ("latents", torch.zeros(60, 63), r"holds \(60, 63\) torch.float32, not rows of 64"),
+        ("latents", torch.zeros(60, 63), r"holds \(50, 63\) torch.float32, not rows of 64"),
         ("latents", torch.zeros(60), r"holds \(\d+,\) torch.float32"),
         ("latents", torch.tensor(1.0), "cannot be read"),
-        ("latents", torch.zeros(60, 64, dtype=torch.int64), "torch.int64, not rows of 64"),
+        ("latents", torch.zeros(60, 64, dtype=torch.int64), r"holds \(50, 64\) torch.int64, not rows of 64"),
         ("latents", torch.full((60, 64), torch.inf), "holds values that are no numbers"),
         ("latents", torch.zeros(0, 64), "is shorter than the 60 frames"),
         ("caption", torch.zeros(5, 63), r"holds \(5, 63\) torch.float32, not rows of 64"),

@@ -81,7 +81,7 @@ class Checkpoint:
         """
         from diffusers import AceStepTransformer1DModel
 
-        with torch.device("meta"):
+        with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
         self._fill("transformer", transformer, device, dtype)
         return transformer
@@ -94,7 +94,7 @@ class Checkpoint:
         """
         from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 
-        with torch.device("meta"):
+        with building_from(self._part_folder("condition_encoder") / "config.json"), torch.device("meta"):
             encoder = AceStepConditionEncoder(**self.config.condition_encoder_arguments())
         self._fill("condition_encoder", encoder, device, dtype)
         encoder.silence_latent = self.silence()[None].to(device, dtype)

@@ -129,7 +129,7 @@ def load_tensor(path: Path) -> Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make or download it again") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged or not a tensor file; download it again") from error
     if not isinstance(tensor, Tensor) or tensor.ndim < 2:
         raise UserError(f"{path} holds no tensor of shape (1, channels, frames)")
