@@ -32,7 +32,7 @@ def places(checkpoint_dir: Path, dataset_dir: Path) -> tuple[str, str]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (path,) = folder.glob("*.safetensors")
-    return load_file(path)
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}  # not a view of a file that may change
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
