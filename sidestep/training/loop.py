@@ -144,7 +144,7 @@ def _train(run: Run) -> float:
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
-            steps.add(step + 1, loss, grad_norm, lr)
+            steps.add(step + 1, loss, grad_norm, config.optim.applied_lr(optimizer.param_groups[0]))
             saves = run.checkpoint_name(step + 1) is not None
             if saves or (step + 1) % config.log_every_steps == 0:
                 steps.flush()
