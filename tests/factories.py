@@ -49,7 +49,7 @@ def train_config(*overrides: str) -> TrainConfig:
         "log_every_steps=1",
         "vram_profile.batch_size=1",
         "vram_profile.gradient_accumulation_steps=1",
-        "vram_profile.gradient_checkpointing=false",
+        "vram_profile.gradient_checkpointing=none",
         "vram_profile.max_seconds=2",
     ]
     return to_dataclass(compose_or_explain("train", [*quick, *overrides]), TrainConfig)

@@ -116,7 +116,7 @@ def test_two_processes_train_the_adapter_that_one_would(tmp_path, checkpoint_dir
     settings = [
         "name=ddp", f"adapter={adapter}", "adapter.rank=2", "model_variant=base", "device=cpu", "optim.lr=0.01",
         f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=null", "max_steps=6",
-        "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "vram_profile.gradient_checkpointing=false",
+        "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "vram_profile.gradient_checkpointing=none",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     weights = []

@@ -29,7 +29,7 @@ QUICK = [
     "log_every_steps=1",
     "vram_profile.batch_size=1",
     "vram_profile.gradient_accumulation_steps=2",
-    "vram_profile.gradient_checkpointing=false",
+    "vram_profile.gradient_checkpointing=none",
     "vram_profile.max_seconds=2",
     "save_every_epochs=null",
 ]

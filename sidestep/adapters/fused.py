@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 class FusedLora(Linear):
@@ -124,6 +125,9 @@ class LokrProduct(torch.autograd.Function):
 
 
 def _add_frozen(y: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Accumulate ``inputs`` (S, in) times the frozen weight onto ``y`` (S, out), in place."""
+    """Accumulate ``inputs`` (S, in) times the frozen weight onto ``y`` (S, out)."""
+    if _get_current_dispatch_mode() is not None:  # selective checkpointing, which keeps only what is not overwritten
+        y = torch.addmm(y, inputs, weight.T)
+        return y if bias is None else y + bias
     y.addmm_(inputs, weight.T)
     return y if bias is None else y.add_(bias)

@@ -52,13 +52,20 @@ class TagPosition(Enum):
     replace = "replace"
 
 
+class GradientCheckpointing(StrEnum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass(kw_only=True)
 class MemorySettings:
     """What is given up to fit in memory, complete."""
 
     batch_size: int
     gradient_accumulation_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: GradientCheckpointing
+    checkpointed_share: float
     max_seconds: float
 
 
@@ -73,8 +80,10 @@ class VramConfig:
     """Songs per forward pass."""
     gradient_accumulation_steps: int | None = None
     """Forward passes per optimiser step."""
-    gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass instead of keeping them."""
+    gradient_checkpointing: GradientCheckpointing | None = None
+    """What the backward pass computes again: none, selective (all but products and attention), or full (all)."""
+    checkpointed_share: float | None = None
+    """Share of the transformer's layers that gradient_checkpointing is for; the first ones are taken."""
     max_seconds: float | None = None
     """Longest excerpt of a song that fits; the root setting max_seconds overrides it."""
 
@@ -83,6 +92,11 @@ class VramConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"vram_profile.{key}={value} must be at least 1")
+        if self.checkpointed_share is not None and not 0 < self.checkpointed_share <= 1:
+            raise UserError(
+                f"vram_profile.checkpointed_share={self.checkpointed_share} must be above 0 and at most 1; "
+                "to recompute nothing type vram_profile.gradient_checkpointing=none"
+            )
         check_excerpt("vram_profile.max_seconds", self.max_seconds)
 
     def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:

@@ -24,6 +24,7 @@ from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
 from sidestep.files import alone_in
 from sidestep.seeds import derive_seed
+from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
 from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
@@ -57,7 +58,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
             run.fail(error)
             raise UserError(
                 f"the device ran out of memory ({' '.join(str(error).split())[:120]}); checkpoints are kept; "
-                f"use a smaller max_seconds than {run.memory.max_seconds:g}, vram_profile.gradient_checkpointing=true, "
+                f"use a smaller max_seconds than {run.memory.max_seconds:g}, vram_profile.gradient_checkpointing=full, "
                 f"or vram_profile.batch_size=1, under another name=..."
             ) from error
         except BaseException as error:
@@ -81,8 +82,7 @@ def _train(run: Run) -> float:
     start = run.find_start()
     initial = run.read_initial() if start is None else None
     transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype)
-    if memory.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
     if initial is not None:
