@@ -14,6 +14,7 @@ LAYERS = [
     ["", "errors", "files", "seeds", "devices", "config.schema", "config"],
     [
         "acestep.keymap",
+        "acestep.quantization",
         "acestep.variants",
         "training.flow",
         "training.optim",

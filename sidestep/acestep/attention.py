@@ -92,8 +92,10 @@ class WindowedAttention:
         if in_blocks:
             query = _blocks(query, window)
             key, value = _neighbours(key, window), _neighbours(value, window)
+        groups = attn.heads // attn.kv_heads
         if mask is not None and query.is_cuda:  # of the kernels there, the fast one that takes masks wants equal heads
-            key, value = (heads.repeat_interleave(attn.heads // attn.kv_heads, dim=2) for heads in (key, value))
+            key, value = (heads.repeat_interleave(groups, dim=2) for heads in (key, value))
+            groups = 1
         output = functional.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -101,7 +103,7 @@ class WindowedAttention:
             attn_mask=mask,
             dropout_p=attn.dropout if attn.training else 0.0,
             scale=attn.scaling,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=groups != 1,
         ).transpose(1, 2)
         if in_blocks:
             output = output.reshape(len(hidden_states), -1, *output.shape[2:])[:, :length]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from sidestep.acestep.conditioning import REFERENCE_FRAMES
 from sidestep.acestep.keymap import original_key, split_key
 from sidestep.acestep.model_config import ModelConfig
+from sidestep.acestep.quantization import quantize_linears
 from sidestep.acestep.variants import VariantConfig
 from sidestep.acestep.weight_files import (
     building_from,
@@ -73,8 +74,15 @@ class Checkpoint:
     config: ModelConfig
     in_diffusers_layout: bool
 
-    def load_transformer(self, *, device: torch.device, dtype: torch.dtype) -> AceStepTransformer1DModel:
+    def load_transformer(
+        self, *, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+    ) -> AceStepTransformer1DModel:
         """Load the DiT, frozen and in eval mode.
+
+        Args:
+            device: where to.
+            dtype: of the weights, and of what is computed.
+            quantization: how the linear layers of its blocks are stored: none, int8 or nf4.
 
         Raises:
             UserError: if a file is missing or damaged, or its weights do not fit the model.
@@ -83,8 +91,12 @@ class Checkpoint:
 
         with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
-        self._fill("transformer", transformer, device, dtype)
-        return transformer
+        if quantization == "none":
+            self._fill("transformer", transformer, device, dtype)
+            return transformer
+        self._fill("transformer", transformer, torch.device("cpu"), dtype)  # mapped, so that memory holds one at a time
+        quantize_linears(transformer.layers, quantization, device)
+        return transformer.to(device)
 
     def load_condition_encoder(self, *, device: torch.device, dtype: torch.dtype) -> AceStepConditionEncoder:
         """Load the encoder of text, lyrics and timbre, with the silence latent its pipeline expects.

@@ -5,7 +5,8 @@ rounded once. Added afterwards, to a product that is rounded already, most of a 
 bfloat16: changes of the output below half of its last digit. For the backward pass only the inputs are kept, which
 neighbouring layers share; casts and small products are made again.
 
-Shapes: S tokens (batch and length together), ``weight`` (out, in), ``x`` (..., in).
+Shapes: S tokens (batch and length together), ``weight`` (out, in), stored as ``packed`` and ``scales`` (see
+:mod:`sidestep.acestep.quantization`), ``x`` (..., in).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from sidestep.acestep.quantization import dense, stored
+
 
 class FusedLora(Linear):
     """PEFT's LoRA layer, computed by :class:`LoraProduct`; with dropout, as PEFT computes it but rounded once."""
@@ -27,9 +30,15 @@ class FusedLora(Linear):
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
         scale, dropout = self.scaling["default"], self.lora_dropout["default"]
         if not self.training or isinstance(dropout, nn.Identity):
-            return LoraProduct.apply(x, base.weight, base.bias, a, b, scale)
-        x, a, b = (tensor.to(base.weight.dtype) for tensor in (x, a, scale * b))
+            return LoraProduct.apply(x, *stored(base), base.bias, a, b, scale)
+        x, a, b = (tensor.to(dtype_of(base)) for tensor in (x, a, scale * b))
         return add_frozen(dropout(x) @ a.T @ b.T, x, base)
+
+
+def dtype_of(base: nn.Linear) -> torch.dtype:
+    """In which dtype a frozen layer computes."""
+    packed, scales = stored(base)
+    return packed.dtype if scales is None else scales.dtype
 
 
 def add_frozen(change: Tensor, x: Tensor, base: nn.Linear) -> Tensor:
@@ -40,8 +49,22 @@ def add_frozen(change: Tensor, x: Tensor, base: nn.Linear) -> Tensor:
         x: (..., in), of the same dtype.
         base: the frozen layer.
     """
-    output = torch.addmm(change.flatten(0, -2), x.flatten(0, -2), base.weight.T).view(change.shape)
+    output: Tensor = FrozenSum.apply(change.flatten(0, -2), x.flatten(0, -2), *stored(base)).view(change.shape)
     return output if base.bias is None else output + base.bias
+
+
+class FrozenSum(torch.autograd.Function):
+    """y = change + x W^T, rounded once. ``change`` is (S, out), ``x`` (S, in); nothing but the weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, change: Tensor, x: Tensor, packed: Tensor, scales: Tensor | None) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        return torch.addmm(change, x, dense(packed, scales).T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return dy, dy @ dense(*ctx.saved_tensors) if ctx.needs_input_grad[1] else None, None, None
 
 
 class LoraProduct(torch.autograd.Function):
@@ -52,26 +75,36 @@ class LoraProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        weight = dense(packed, scales)
         inputs = x.to(weight.dtype).reshape(-1, x.shape[-1])  # (S, in)
         inner = inputs @ a.to(weight.dtype).T  # (S, rank)
         y = inner @ (scale * b).to(weight.dtype).T  # (S, out)
-        ctx.save_for_backward(inputs, weight, a, b, inner)
+        ctx.save_for_backward(inputs, packed, scales, a, b, inner)
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
         return _add_frozen(y, inputs, weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, a, b, inner = ctx.saved_tensors
+        inputs, packed, scales, a, b, inner = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         d_inner = dy @ (ctx.scale * b).to(dy.dtype)  # (S, rank)
         da = (d_inner.T @ inputs).to(a.dtype)
         db = ctx.scale * (dy.T @ inner).to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (d_inner @ a.to(dy.dtype)).addmm_(dy, weight).view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, da, db, None
+            dx = (d_inner @ a.to(dy.dtype)).addmm_(dy, dense(packed, scales)).view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, da, db, None
 
 
 class LokrProduct(torch.autograd.Function):
@@ -86,26 +119,28 @@ class LokrProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        packed: Tensor,
+        scales: Tensor | None,
         bias: Tensor | None,
         w1: Tensor,
         w2: Tensor,
         w2_a: Tensor | None,
         scale: float,
     ) -> Tensor:
+        weight = dense(packed, scales)
         inputs = x.to(weight.dtype).reshape(-1, x.shape[-1])  # (S, q * v)
         right = inputs.view(-1, w1.shape[1], w2.shape[1]) @ w2.to(weight.dtype).T  # (S, q, r)
         y = (scale * w1).to(weight.dtype) @ right  # (S, p, r)
         if w2_a is not None:
             y = y @ w2_a.to(weight.dtype).T  # (S, p, u)
-        ctx.save_for_backward(inputs, weight, w1, w2, w2_a)
+        ctx.save_for_backward(inputs, packed, scales, w1, w2, w2_a)
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
         return _add_frozen(y.reshape(len(inputs), -1), inputs, weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, w1, w2, w2_a = ctx.saved_tensors
+        inputs, packed, scales, w1, w2, w2_a = ctx.saved_tensors
         left, inner = (ctx.scale * w1).to(dy.dtype), w2.to(dy.dtype)  # (p, q), (r, v)
         dy = dy.reshape(-1, dy.shape[-1])
         blocks = inputs.view(-1, w1.shape[1], w2.shape[1])  # (S, q, v)
@@ -120,13 +155,14 @@ class LokrProduct(torch.autograd.Function):
         dw2 = torch.tensordot(d_right, blocks, ([0, 1], [0, 1])).to(w2.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (d_right @ inner).reshape(inputs.shape).addmm_(dy, weight).view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, dw1, dw2, dw2_a, None
+            dx = (d_right @ inner).reshape(inputs.shape).addmm_(dy, dense(packed, scales)).view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, dw1, dw2, dw2_a, None
 
 
 def _add_frozen(y: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Accumulate ``inputs`` (S, in) times the frozen weight onto ``y`` (S, out)."""
-    if _get_current_dispatch_mode() is not None:  # selective checkpointing, which keeps only what is not overwritten
+    if not torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None:
+        # selective checkpointing, which can keep only what is not written over
         y = torch.addmm(y, inputs, weight.T)
         return y if bias is None else y + bias
     y.addmm_(inputs, weight.T)

@@ -9,7 +9,8 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
 
-from sidestep.adapters.fused import LokrProduct, add_frozen
+from sidestep.acestep.quantization import FrozenProduct, stored
+from sidestep.adapters.fused import LokrProduct, add_frozen, dtype_of
 
 
 def row_norms(weight: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ class StructuredLokr(LokrModule):
         base = self.org_module[0]
         w1 = self.lokr_w1 if self.use_w1 else self.lokr_w1_a @ self.lokr_w1_b
         w2, w2_a = (self.lokr_w2, None) if self.use_w2 else (self.lokr_w2_b, self.lokr_w2_a)
-        return LokrProduct.apply(x, base.weight, base.bias, w1, w2, w2_a, self.scale)
+        return LokrProduct.apply(x, *stored(base), base.bias, w1, w2, w2_a, self.scale)
 
 
 class FoldedLoha(LohaModule):
@@ -33,7 +34,7 @@ class FoldedLoha(LohaModule):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.org_module[0]
-        x = x.to(base.weight.dtype)
+        x = x.to(dtype_of(base))
         return add_frozen(self.bypass_forward_diff(x), x, base)
 
 
@@ -90,7 +91,7 @@ class OftLayer(nn.Module):
             turn = turns(self.weight, self.block_size, self.neumann_terms).to(output.dtype)
             blocks = x.to(output.dtype).unflatten(-1, (-1, self.block_size))
             difference = torch.einsum("...rk,rkc->...rc", blocks, turn.expand(blocks.shape[-2], -1, -1)).flatten(-2)
-            return output + nn.functional.linear(difference, base.weight.to(output.dtype))
+            return output + FrozenProduct.apply(difference, *stored(base)).to(output.dtype)
 
 
 def turns(weight: Tensor, block_size: int, neumann_terms: int) -> Tensor:

@@ -58,6 +58,12 @@ class GradientCheckpointing(StrEnum):
     full = "full"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 @dataclass(kw_only=True)
 class MemorySettings:
     """What is given up to fit in memory, complete."""
@@ -66,6 +72,7 @@ class MemorySettings:
     gradient_accumulation_steps: int
     gradient_checkpointing: GradientCheckpointing
     checkpointed_share: float
+    base_quantization: Quantization
     max_seconds: float
 
 
@@ -84,6 +91,8 @@ class VramConfig:
     """What the backward pass computes again: none, selective (all but products and attention), or full (all)."""
     checkpointed_share: float | None = None
     """Share of the transformer's layers that gradient_checkpointing is for; the first ones are taken."""
+    base_quantization: Quantization | None = None
+    """How the frozen layers are stored: none (as they are), int8 (half of bf16), or nf4 (about a quarter)."""
     max_seconds: float | None = None
     """Longest excerpt of a song that fits; the root setting max_seconds overrides it."""
 

@@ -48,8 +48,9 @@ def enable_gradient_checkpointing(transformer: Any, kind: GradientCheckpointing,
     def run(layer: nn.Module, *inputs: Any) -> Any:
         if layer not in chosen:
             return layer(*inputs)
-        how = {} if kept is None else {"context_fn": kept}
-        return checkpoint(layer, *inputs, use_reentrant=False, **how)
+        if kept is None:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return checkpoint(layer, *inputs, use_reentrant=False, context_fn=kept)
 
     transformer.enable_gradient_checkpointing(run)
 

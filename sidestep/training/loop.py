@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.quantization import QuantizedLinear
 from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
@@ -59,7 +60,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
             raise UserError(
                 f"the device ran out of memory ({' '.join(str(error).split())[:120]}); checkpoints are kept; "
                 f"use a smaller max_seconds than {run.memory.max_seconds:g}, vram_profile.gradient_checkpointing=full, "
-                f"or vram_profile.batch_size=1, under another name=..."
+                f"vram_profile.batch_size=1, or vram_profile.base_quantization=int8, under another name=..."
             ) from error
         except BaseException as error:
             run.fail(error)
@@ -81,7 +82,7 @@ def _train(run: Run) -> float:
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     start = run.find_start()
     initial = run.read_initial() if start is None else None
-    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype)
+    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype, quantization=memory.base_quantization)
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
@@ -208,6 +209,7 @@ def describe_adapter(adapter: Adapter, transformer: nn.Module) -> None:
     counts = adapter.parameter_counts()
     total = sum(counts.values())
     frozen = sum(parameter.numel() for parameter in transformer.parameters()) - total
+    frozen += sum(m.in_features * m.out_features for m in transformer.modules() if isinstance(m, QuantizedLinear))
     log.info("training %s parameters beside %s frozen ones:", f"{total:,}", f"{frozen:,}")
     for kind, count in counts.items():
         log.info("  %-20s %s", kind, f"{count:,}")

@@ -151,6 +151,7 @@ class Run:
             "precision": self.precision,
             "max_seconds": self.memory.max_seconds,
             "vram_profile.batch_size": self.memory.batch_size,
+            "vram_profile.base_quantization": self.memory.base_quantization,
             "micro_batches_per_step": self.memory.gradient_accumulation_steps * self.num_processes,
             "dataset": self.record.dataset["fingerprint"],
             "checkpoint": self.record.model["fingerprint"],
