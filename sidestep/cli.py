@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,12 @@ from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+"""What libraries read from the environment: ask no other machine, and tell none. What the user has set is kept."""
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of a disk, which come without a file's name where an open file is written."""
+
 
 def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> None:
     """Run one command of sidestep from ``sys.argv`` and exit.
@@ -41,19 +51,21 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
     if typed.help:
         print(help_page(command, root))
         return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.raiseExceptions = False  # a full disk would print a traceback for each line of train.log
+    threading.excepthook = _end_of_thread
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own printer
     try:
         if not (typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
-        hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
+        with _naming_files("the folder of this run"):  # where Hydra writes its own
+            hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except UserError as error:
         sys.exit(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        sys.exit(f"{error.filename}: {error.strerror}")  # a folder that cannot be made, a full disk
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from what is on disk")
+        print("stopped; the same command goes on from what is on disk", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(explain(error, command, typed.overrides))
 
@@ -76,8 +88,10 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
     """Wrap a task so that a mistake is one line in the log and, outside a sweep, ends the process with 1."""
 
     def job(config: DictConfig) -> Any:
+        folder = HydraConfig.get().runtime.output_dir
         try:
-            return task(to_dataclass(config, root))
+            with _naming_files(folder):
+                return task(to_dataclass(config, root))
         except UserError as error:
             log.error("%s", error)
             if HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -86,5 +100,30 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
         except Interrupted as stop:
             log.info("%s; the same command goes on from here", stop)
             sys.exit(stop.exit_code)  # ends a sweep too
+        except Exception as error:
+            log.exception("this is a fault of sidestep, please report it; the folder is %s", folder)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise UserError(f"{type(error).__name__}: {error} (a fault of sidestep, in {folder})") from error
+            sys.exit(1)
 
     return job
+
+
+@contextmanager
+def _naming_files(folder: str) -> Iterator[None]:
+    """Turn what the user can mend about files into a line that names one: permissions, a full disk, a file gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno not in WRITE_ERRORS:
+            raise
+        where = folder if error.filename is None else os.fsdecode(error.filename)
+        raise UserError(f"{where}: {error.strerror}; mend that and type the same command again") from error
+
+
+def _end_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """Say in one line that TensorBoard's thread could not write; the run itself finds out at the next step it logs."""
+    if isinstance(ended.exc_value, OSError):
+        log.error("TensorBoard: %s", ended.exc_value.strerror)
+    else:
+        threading.__excepthook__(ended)

@@ -1,9 +1,19 @@
 """The one exception sidestep raises for something the user can mend."""
 
+from __future__ import annotations
+
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class UserError(Exception):
     """A wrong setting, a missing file or an unusable checkpoint.
 
     The command line prints only the message, on one line, so write it for the person at the terminal:
-    what is wrong, where it was set, and what to type instead.
+    what is wrong, where it was set, and what to type instead. What is quoted from a file or its name may hold line
+    breaks or terminal escapes; they are shown as in Python's strings.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_UNPRINTABLE.sub(lambda char: ascii(char[0])[1:-1], message))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sidestep.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +43,47 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that is complete or absent, and whose bytes depend on nothing but what is in it.
+
+    Safetensors' own ``save_file`` puts the metadata in another order each time, and lets only the owner read the file.
+    """
+    from safetensors.torch import save
+
+    data = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to eight bytes
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[start:])
+
+
+@contextmanager
+def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Let an error name ``path`` where it names nothing, as errors of writing do, or something in ``partial``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        elif partial is not None and Path(os.fsdecode(error.filename)).is_relative_to(partial):
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; once the block ends without an error, it becomes ``path``."""
     partial = path.with_name(f".{path.name}{_OWN}")
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        with naming(path, partial):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,16 +116,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}{_OWN}")
     partial.mkdir()
     try:
-        yield partial
-        for path in sorted(partial.rglob("*"), reverse=True):
-            sync(path)
-        sync(partial)
-        old = folder.with_name(f".{folder.name}-old{_OWN}")
-        if folder.exists():
-            os.replace(folder, old)  # a folder cannot replace one that is not empty
-        os.replace(partial, folder)
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with naming(folder, partial):
+            yield partial
+            for path in sorted(partial.rglob("*"), reverse=True):
+                sync(path)
+            sync(partial)
+            old = folder.with_name(f".{folder.name}-old{_OWN}")
+            if folder.exists():
+                os.replace(folder, old)  # a folder cannot replace one that is not empty
+            os.replace(partial, folder)
+            sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -122,7 +160,8 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        with naming(owner):
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -82,10 +82,10 @@ def test_a_file_that_is_no_description_is_refused_by_name(dataset_copy, name, co
         ("latents", torch.zeros(60), r"holds \(\d+,\) torch.float32"),
         ("latents", torch.tensor(1.0), "cannot be read"),
         ("latents", torch.zeros(60, 64, dtype=torch.int64), r"holds \(50, 64\) torch.int64, not rows of 64"),
-        ("latents", torch.full((60, 64), torch.inf), "holds values that are no numbers"),
+        ("latents", torch.full((60, 64), torch.inf), "holds NaN or infinity"),
         ("latents", torch.zeros(0, 64), "is shorter than the 60 frames"),
         ("caption", torch.zeros(5, 63), r"holds \(5, 63\) torch.float32, not rows of 64"),
-        ("caption", torch.full((5, 64), torch.nan), "holds values that are no numbers"),
+        ("caption", torch.full((5, 64), torch.nan), "holds NaN or infinity"),
         ("caption", torch.zeros(0, 64), "holds no tokens"),
     ],
 )

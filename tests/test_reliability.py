@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from sidestep.errors import UserError
 from sidestep.files import alone_in
 from sidestep.training.state import load_checkpoint
 from tests.factories import run_training
+from tests.processes import Command, at_call, die, fail, sleep_long
 
-ROOT = Path(__file__).resolve().parents[1]
-QUICK = [
+TRAIN = [
+    "train",
+    "name=kill",
     "model_variant=base",
     "device=cpu",
     "adapter.rank=2",
@@ -35,27 +38,6 @@ QUICK = [
 ]
 
 
-def start(folder: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "sidestep.train", *QUICK, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def wait_for(process: subprocess.Popen[str], words: str, lines: list[str]) -> None:
-    """Read the log until a line says it."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        lines.append(line)
-        if words in line:
-            return
-    raise AssertionError(f"{words!r} never came:\n{''.join(lines)}")
-
-
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = (run / "final").glob("*.safetensors")
     return load_file(path)
@@ -63,52 +45,89 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def places(checkpoint_dir: Path, dataset_dir: Path) -> list[str]:
-    return [f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "name=kill"]
+    return [f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}"]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """The folder that commands are typed in."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+def run_of(work: Path) -> Path:
+    (run,) = (work / "outputs/kill").iterdir()
+    return run
+
+
+def train_undisturbed(folder: Path, *settings: str) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    whole = Command(folder, *TRAIN, *settings)
+    assert whole.wait() == 0, whole.said
+    return final_weights(run_of(folder))
 
 
 @pytest.mark.parametrize(
     "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1", "SIGUSR2"))]
 )
-def test_a_signal_saves_and_stops_and_the_same_command_ends_as_if_nothing_had_happened(tmp_path, places, name):
-    length = ["max_epochs=null", "max_steps=300"]
-    stopped = start(tmp_path, *places, *length)
-    lines: list[str] = []
-    wait_for(stopped, "step 5 of", lines)
-    stopped.send_signal(getattr(signal, name))
-    _, rest = stopped.communicate()
-    assert stopped.returncode == 128 + getattr(signal, name), rest
-    assert f"stopped by {name}" in rest
-    run = next((tmp_path / "outputs/kill").iterdir())
+def test_a_signal_saves_and_stops_and_the_same_command_ends_as_if_nothing_had_happened(work, places, name):
+    number = signal.Signals[name]
+    stopped = Command(work, *TRAIN, *places, "max_epochs=null", "max_steps=300")
+    assert stopped.wait_for("step 3 of"), stopped.said
+    stopped.send(number)
+    assert stopped.wait() == 128 + number, stopped.said
+    assert f"stopped by {name}" in stopped.said
+    run = run_of(work)
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step_{load_checkpoint(checkpoint).step}"
     assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
 
-    length = ["max_epochs=null", f"max_steps={load_checkpoint(checkpoint).step + 5}"]
-    resumed = start(tmp_path, *places, *length)
-    _, log = resumed.communicate()
-    assert resumed.returncode == 0, log
-    assert f"continuing from {run.relative_to(tmp_path)}/checkpoints/{checkpoint.name}" in log
-    (tmp_path / "whole").mkdir()
-    whole = start(tmp_path / "whole", *places, *length)
-    assert whole.wait() == 0
-    whole.communicate()
-    expected = final_weights(next((tmp_path / "whole/outputs/kill").iterdir()))
+    length = ["max_epochs=null", f"max_steps={load_checkpoint(checkpoint).step + 2}"]
+    resumed = Command(work, *TRAIN, *places, *length)
+    assert resumed.wait() == 0, resumed.said
+    assert f"continuing from {run.relative_to(work)}/checkpoints/{checkpoint.name}" in resumed.said
+    expected = train_undisturbed(work.with_name("whole"), *places, *length)
     torch.testing.assert_close(final_weights(run), expected, rtol=0, atol=0)
 
 
-def test_a_second_process_on_the_same_run_is_refused_with_the_firsts_host_and_number(tmp_path, places):
-    first = start(tmp_path, *places, "max_epochs=10000")
-    wait_for(first, "step 2 of", [])
-    second = start(tmp_path, *places, "max_epochs=10000")
-    _, log = second.communicate()
-    first.kill()
-    first.communicate()
-    assert second.returncode == 1
-    assert f"is in use by process {first.pid} on {os.uname().nodename}" in log.splitlines()[-1]
+def test_a_second_sigint_stops_at_once_and_without_a_traceback(work, places):
+    """The first waits for the end of a micro-batch, which here takes ten minutes."""
+    endless = partial(at_call, "sidestep.training.forward.Forward.__call__", 7, sleep_long)
+    stopped = Command(work, *TRAIN, *places, "max_epochs=5", "save_every_steps=1", first=endless)
+    assert stopped.wait_for("checkpoints/step_3"), stopped.said
+    stopped.send(signal.SIGINT)
+    assert stopped.wait_for("SIGINT: saving"), stopped.said
+    stopped.send(signal.SIGINT)
+    assert stopped.wait() == 128 + signal.SIGINT, stopped.said
+    assert stopped.said.splitlines()[-1] == "stopped; the same command goes on from what is on disk"
+    assert load_checkpoint(run_of(work) / "checkpoints/step_3").step == 3
 
-    third = start(tmp_path, *places, "max_epochs=1")
-    assert third.wait() == 0, third.communicate()[1]  # the lock of the killed process does not block
-    third.communicate()
+
+def test_a_fault_of_our_own_keeps_its_traceback_on_the_terminal_and_in_the_log_and_names_the_folder(work, places):
+    broken = partial(at_call, "sidestep.training.forward.Forward.__call__", 7, fail)
+    failed = Command(work, *TRAIN, *places, "max_epochs=5", "save_every_steps=1", first=broken)
+    assert failed.wait() == 1
+    run = run_of(work)
+    for text in (failed.said, (run / "train.log").read_text()):
+        assert text.count("Traceback (most recent call last)") == 1
+        assert "ZeroDivisionError: made by a test" in text
+        assert f"a fault of sidestep, please report it; the folder is {run}" in text
+    assert "ZeroDivisionError" in json.loads((run / "run.json").read_text())["error"]
+    again = Command(work, *TRAIN, *places, "max_epochs=5", "save_every_steps=1")
+    assert again.wait() == 0, again.said
+    assert "continuing from" in again.said
+
+
+def test_a_second_process_on_the_same_run_is_refused_with_the_firsts_host_and_number(work, places):
+    first = Command(work, *TRAIN, *places, "max_epochs=10000")
+    assert first.wait_for("step 2 of"), first.said
+    second = Command(work, *TRAIN, *places, "max_epochs=10000")
+    assert second.wait() == 1
+    assert first.kill()
+    assert f"is in use by process {first.pid} on {os.uname().nodename}" in second.said.splitlines()[-1]
+
+    third = Command(work, *TRAIN, *places, "max_epochs=1")
+    assert third.wait() == 0, third.said  # the lock of the killed process does not block
 
 
 def test_a_folder_is_free_again_when_its_owner_leaves(tmp_path):
@@ -160,47 +179,52 @@ def test_after_too_many_bad_steps_the_last_good_state_is_saved_and_the_cause_nam
     assert not (tmp_path / "run/final").exists()
 
 
-@pytest.mark.parametrize(("adapter", "num_kills"), [("lokr", 3), pytest.param("lora", 25, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, places, adapter, num_kills):
-    """SIGKILL while loading, training, writing checkpoints and writing final/; the same command again each time."""
-    settings = [*places, f"adapter={adapter}", "max_epochs=null", "max_steps=60", "save_every_steps=5"]
-    (tmp_path / "whole").mkdir()
-    whole = start(tmp_path / "whole", *settings)
-    assert whole.wait() == 0
-    whole.communicate()
-    expected = final_weights(next((tmp_path / "whole/outputs/kill").iterdir()))
+MOMENTS = ("training ", "step ", "saved ", "saved ", "all ", "finished ")
+"""Lines after which a process is killed: loading, stepping, writing a checkpoint or rotating them, writing final/."""
 
-    chance = random.Random(adapter)
-    for _ in range(num_kills):
-        process = start(tmp_path, *settings)
-        wait_for(process, chance.choice(["step ", "saved ", "training "]), [])
+
+@pytest.mark.parametrize(
+    ("adapter", "num_kills"),
+    [("lokr", 4), ("lora", 4), *(pytest.param(name, 30, marks=pytest.mark.slow) for name in ("lokr", "lora", "dora"))],
+)
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(work, places, adapter, num_kills):
+    """Each command is the same; one that ends before it can be killed has nothing left to do, and all begins anew."""
+    settings = [*places, f"adapter={adapter}", "max_epochs=null", "max_steps=24", "save_every_steps=2", "keep_last=2"]
+    expected = train_undisturbed(work.with_name("whole"), *settings)
+
+    chance = random.Random(f"{adapter} {num_kills}")
+    num_killed = 0
+    while num_killed < num_kills:
+        process = Command(work, *TRAIN, *settings)
+        moment = chance.choice(MOMENTS)
+        process.wait_for(moment)
         time.sleep(chance.random() * 0.05)
-        process.kill()
-        process.communicate()
-    last = start(tmp_path, *settings)
-    _, log = last.communicate()
-    assert last.returncode == 0, log
-    run = next((tmp_path / "outputs/kill").iterdir())
+        if process.kill():
+            num_killed += 1
+        else:
+            assert process.wait() == 0, process.said
+            torch.testing.assert_close(final_weights(run_of(work)), expected, rtol=0, atol=0)
+            shutil.rmtree(work / "outputs")
+    last = Command(work, *TRAIN, *settings)
+    assert last.wait() == 0, last.said
+    run = run_of(work)
     torch.testing.assert_close(final_weights(run), expected, rtol=0, atol=0)
     assert not list(run.rglob(".*partial*"))
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_before_it_is_whole(tmp_path, places, monkeypatch):
-    settings = (*places[:2], "max_epochs=3", "save_every_epochs=1")
-    save = torch.save
-
-    def full(state, path):
-        if state["step"] > 4:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device", str(path))
-        save(state, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"checkpoints/epoch_2 cannot be written .*No space left on device"):
-        run_training(tmp_path / "run", *settings)
-    monkeypatch.undo()
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["epoch_1"]
-    run_training(tmp_path / "run", *settings)
-    run_training(tmp_path / "whole", *settings)
-    expected = final_weights(tmp_path / "whole")
-    torch.testing.assert_close(final_weights(tmp_path / "run"), expected, rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("function", "every"),
+    [("os.replace", 5), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("os.replace", "os.fsync"))],
+)
+def test_killed_at_one_write_after_another_a_run_ends_with_the_same_weights(work, places, function, every):
+    """SIGKILL from inside, before the first, second, ... file is flushed or gets its name, in run after run."""
+    settings = [*places, "adapter=lokr", "max_epochs=null", "max_steps=6", "save_every_steps=1", "keep_last=2"]
+    expected = train_undisturbed(work.with_name("whole"), *settings)
+    for number in itertools.count(1, every):
+        process = Command(work, *TRAIN, *settings, first=partial(at_call, function, number, die))
+        if process.wait() != -signal.SIGKILL:
+            break
+    assert process.wait() == 0, process.said
+    assert number > 3
+    torch.testing.assert_close(final_weights(run_of(work)), expected, rtol=0, atol=0)
+    assert not list(run_of(work).rglob(".*partial*"))

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sidestep.acestep.keymap import to_diffusers
 from sidestep.adapters.base import SavedAdapter
 from sidestep.adapters.lora import write_peft_folder
 from sidestep.adapters.lycoris import file_name
-from sidestep.files import replacing
+from sidestep.files import write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` looks for first in a folder."""
@@ -140,7 +139,7 @@ def write_comfyui(path: Path, factors: Mapping[str, Factors], metadata: Mapping[
         tensors[f"diffusion_model.decoder.{module}.lora_down.weight"] = pair.a
         tensors[f"diffusion_model.decoder.{module}.lora_up.weight"] = pair.b
         tensors[f"diffusion_model.decoder.{module}.alpha"] = torch.tensor(float(pair.rank))
-    _write(path, tensors, metadata)
+    write_tensors(path, tensors, {"format": "pt", **metadata})
     return path
 
 
@@ -152,10 +151,5 @@ def write_comfyui_lycoris(path: Path, saved: SavedAdapter, scale: float, metadat
         rank = next((tensor.shape[0] for leaf, tensor in leaves.items() if leaf.endswith("_b")), 1)
         baked = leaves | {folded: leaves[folded] * scale, "alpha": torch.tensor(float(rank))}
         tensors |= {f"{file_name(module)}.{leaf}": tensor.contiguous() for leaf, tensor in baked.items()}
-    _write(path, tensors, metadata)
+    write_tensors(path, tensors, {"format": "pt", **metadata})
     return path
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    with replacing(path) as partial:
-        save_file(tensors, partial, {"format": "pt", **metadata})

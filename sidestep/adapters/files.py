@@ -141,6 +141,31 @@ def read_adapter(path: Path) -> SavedAdapter:
     )
 
 
+_ABOUT: dict[str, type] = {"model_variant": str, "custom_tags": list, "versions": dict}
+
+
+def trained_on(saved: SavedAdapter) -> dict[str, Any]:
+    """What sidestep wrote into the adapter when it was trained; empty for another program's adapter.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        about = json.loads(saved.metadata.get("sidestep", "{}"))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise UserError(
+            f"{saved.path} has a header entry sidestep that is not a JSON object: it is damaged; copy it again"
+        )
+    for key, kind in _ABOUT.items():
+        if key in about and not isinstance(about[key], kind):
+            raise UserError(
+                f"{saved.path}: its header has {key}={about[key]!r:.60}, which makes no sense; copy it again"
+            )
+    return about
+
+
 def find_weights(path: Path) -> Path:
     """Find the weights file that ``path`` means.
 
@@ -210,7 +235,7 @@ def _read_peft(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     config_path = path.with_name(lora.CONFIG_FILE)
     settings = _parse(config_path.read_bytes(), str(config_path))
     readers = {"LORA": _lora_config, "OFT": _oft_config}
-    if settings.get("peft_type") not in readers:
+    if str(settings.get("peft_type")) not in readers:
         raise UserError(
             f"{config_path} has peft_type {settings.get('peft_type')!r}; only {' and '.join(readers)} can be read"
         )
@@ -240,11 +265,11 @@ def _lora_config(settings: Mapping[str, Any], modules: Modules, where: str) -> l
     start = str(settings.get("init_lora_weights", True))
     if start.lower().startswith(("pissa", "olora", "corda", "loftq")):
         raise UserError(f"{where} has init_lora_weights {start!r}, which changes the base model's weights as well")
-    rank, alpha = int(_above_zero(settings, "r", where)), _above_zero(settings, "lora_alpha", where)
+    rank, alpha = _whole(settings, "r", where), _above_zero(settings, "lora_alpha", where)
     ranks = {name: _in_pattern(settings, "rank_pattern", name, rank, where) for name in modules}
     alphas = {name: _in_pattern(settings, "alpha_pattern", name, alpha, where) for name in modules}
     for name, leaves in modules.items():
-        found = leaves.get("lora_A.weight", torch.empty(int(ranks[name]))).shape[0]
+        found = len(leaves["lora_A.weight"]) if leaves.get("lora_A.weight", torch.empty(())).ndim else ranks[name]
         if found != ranks[name]:
             raise UserError(f"{where} gives {name} rank {ranks[name]:g}, but its weights have rank {found}")
     family = lora.DoraConfig if settings.get("use_dora") else lora.LoraConfig
@@ -261,6 +286,8 @@ def _lora_config(settings: Mapping[str, Any], modules: Modules, where: str) -> l
 def _in_pattern(settings: Mapping[str, Any], key: str, module: str, default: float, where: str) -> float:
     """Look a module up as PEFT does, under its original name or diffusers': the first pattern that it ends in."""
     patterns = settings.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{where} has {key} {patterns!r:.60}, which must be an object of patterns")
     for pattern in patterns:
         try:
             found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
@@ -277,7 +304,7 @@ def _oft_config(settings: Mapping[str, Any], modules: Modules, where: str) -> of
         raise UserError(
             f"{where} does not say use_cayley_neumann, so its rotations are unknown; add it from the trainer"
         )
-    terms = int(_above_zero(settings, "num_cayley_neumann_terms", where)) if settings["use_cayley_neumann"] else 0
+    terms = _whole(settings, "num_cayley_neumann_terms", where) if settings["use_cayley_neumann"] else 0
     if 0 < terms < 4:
         raise UserError(f"{where} uses num_cayley_neumann_terms={terms}, which sidestep cannot read")
     version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version", "")))
@@ -301,12 +328,12 @@ def _read_lokr(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, st
     modules = _lycoris_modules(path, tensors)
     for leaves in modules.values():
         leaves.pop("alpha", None)  # players take it from lokr_config
-    rank = int(_above_zero(settings, "linear_dim", where))
+    rank = _whole(settings, "linear_dim", where)
     full = [name for name, leaves in modules.items() if {"lokr_w1", "lokr_w2"} <= leaves.keys()]
     config = lokr.LokrConfig(
         rank=rank,
         alpha=_number(settings, "linear_alpha", where) or None,  # LyCORIS reads 0 as "the same as the rank"
-        factor=int(_number(settings, "factor", where)),
+        factor=_whole(settings, "factor", where, least=-1),
         decompose_both=bool(settings.get("decompose_both")) and not settings.get("full_matrix"),
         full_matrix=bool(settings.get("full_matrix")),
         weight_decompose=any("dora_scale" in leaves for leaves in modules.values()),
@@ -360,7 +387,7 @@ def _lycoris_modules(path: Path, tensors: Mapping[str, Tensor]) -> Modules:
 def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON; copy the adapter again ({error})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{where} is not a JSON object; copy the adapter again")
@@ -376,9 +403,16 @@ def _refuse(settings: Mapping[str, Any], names: Sequence[str], where: str) -> No
 
 def _number(settings: Mapping[str, Any], name: str, where: str) -> float:
     value = settings.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UserError(f"{where} needs a number for {name}, and has {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 2**63:
+        raise UserError(f"{where} needs a number for {name}, and has {value!r:.60}")
     return value
+
+
+def _whole(settings: Mapping[str, Any], name: str, where: str, least: int = 1) -> int:
+    value = _number(settings, name, where)
+    if value != int(value) or value < least:
+        raise UserError(f"{where} has {name} {value}, which must be a whole number of at least {least}")
+    return int(value)
 
 
 def _above_zero(settings: Mapping[str, Any], name: str, where: str) -> float:

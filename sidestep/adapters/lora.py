@@ -13,7 +13,7 @@ from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import Adapter, AdapterConfig, Attention, LowRankConfig, by_kind, ends_with, nearest
 from sidestep.config.schema import option
 from sidestep.errors import UserError
-from sidestep.files import replacing, write_text
+from sidestep.files import write_tensors, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -210,8 +210,6 @@ def write_peft_folder(
         settings: of ``adapter_config.json``, besides those that are the same for every family.
         metadata: for the header of the weights.
     """
-    from safetensors.torch import save_file
-
     tensors = {
         f"{KEY_PREFIX}{path}.{leaf}": tensor.float().cpu().contiguous()
         for path, leaves in modules.items()
@@ -224,8 +222,7 @@ def write_peft_folder(
         "inference_mode": True,
         "task_type": None,
     }
-    with replacing(folder / WEIGHTS_FILE) as partial:
-        save_file(tensors, partial, {"format": "pt", **metadata})
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt", **metadata})
     write_text(folder / CONFIG_FILE, json.dumps({**common, **settings}, indent=2, sort_keys=True) + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import Adapter
-from sidestep.files import replacing
+from sidestep.files import write_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,16 +74,13 @@ class LycorisAdapter(Adapter):
             settings: what a loader rebuilds the modules from, under ``<algorithm>_config`` in the header.
             metadata: for the header.
         """
-        from safetensors.torch import save_file
-
         tensors = {
             f"{file_name(module_path)}.{leaf}": tensor.detach().cpu().contiguous()
             for module_path, layer in self.layers.items()
             for leaf, tensor in [("alpha", layer.alpha.float()), *layer.named_parameters()]
         }
         header = {"algo": algorithm, "format": "lycoris", f"{algorithm}_config": json.dumps(settings), **metadata}
-        with replacing(path) as partial:
-            save_file(tensors, partial, header)
+        write_tensors(path, tensors, header)
 
     def detach(self) -> None:
         for layer in self.layers.values():

@@ -143,11 +143,10 @@ def read_variant(name: str) -> VariantConfig:
     Raises:
         UserError: if there is no such variant.
     """
-    path = conf_dir() / "model_variant" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(option.stem for option in path.parent.glob("*.yaml")))
-        raise UserError(f"model_variant {name!r} is not known; choose one: {known}")
-    return VariantConfig(**_values(path))
+    options = {path.stem: path for path in sorted((conf_dir() / "model_variant").glob("*.yaml"))}
+    if name not in options:  # it may be anything, a path too
+        raise UserError(f"model_variant {name!r:.60} is not known; choose one: {', '.join(options)}")
+    return VariantConfig(**_values(options[name]))
 
 
 def _values(path: Path) -> dict[str, Any]:

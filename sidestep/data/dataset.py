@@ -87,6 +87,15 @@ class SongDataset(Dataset[Example]):
             if song.num_frames < PATCH_FRAMES:
                 raise UserError(f"{song.audio} in {folder} has {song.num_frames} frames; a song needs {PATCH_FRAMES}")
 
+    def check_tensors(self) -> None:
+        """Read every file once, so that none of them stops a run days later.
+
+        Raises:
+            UserError: naming the first file that is damaged, of another shape than it should have, or holds NaN.
+        """
+        for song in self.songs:
+            self._tensors(song, 0, song.num_frames)
+
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when what is trained on changes."""
         names = [f"{song.latents} {song.conditions} {song.prompt}\n" for song in self.songs]
@@ -95,7 +104,11 @@ class SongDataset(Dataset[Example]):
     def __getitem__(self, position: int) -> Example:
         index = self.order[position]
         song = self.songs[index]
-        start, length = excerpt_at(song.num_frames, self.max_seconds, self.seed, position)
+        latents, condition = self._tensors(song, *excerpt_at(song.num_frames, self.max_seconds, self.seed, position))
+        return Example(index, latents.float(), condition)
+
+    def _tensors(self, song: SongRecord, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Read some frames of a song's latents, (length, C), and its condition, (L, D)."""
         latents = self._read(song, song.latents, "latents", slice(start, start + length), LATENT_CHANNELS)
         condition = self._read(song, song.conditions, song.prompt, slice(None), self.info.condition_width)
         if len(latents) != length:
@@ -105,7 +118,7 @@ class SongDataset(Dataset[Example]):
             )
         if not len(condition):
             raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
-        return Example(index, latents.float(), condition)
+        return latents, condition
 
     def _read(self, song: SongRecord, file: str, key: str, rows: slice, width: int) -> Tensor:
         path = self.folder / file
@@ -118,7 +131,7 @@ class SongDataset(Dataset[Example]):
             found = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise UserError(f"{path} of {song.audio} holds {found}, not rows of {width}; delete it and {AGAIN}")
         if not tensor.isfinite().all():
-            raise UserError(f"{path} of {song.audio} holds values that are no numbers; delete it and {AGAIN}")
+            raise UserError(f"{path} of {song.audio} holds NaN or infinity; delete it and {AGAIN}")
         return tensor
 
 

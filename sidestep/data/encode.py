@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -36,7 +35,7 @@ from sidestep.data.sampler import FRAMES_PER_SECOND
 from sidestep.data.songs import Song, SongList, printable, read_songs
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import alone_in, remove_abandoned, replacing, sha256_of
+from sidestep.files import alone_in, remove_abandoned, sha256_of, write_tensors
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -406,9 +405,8 @@ def _variant_before(folder: Path) -> str | None:
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
-        with replacing(file) as partial:
-            save_file(tensors, partial, metadata=metadata)
-    except (SafetensorError, OSError) as error:
+        write_tensors(file, tensors, metadata)
+    except OSError as error:
         raise UserError(f"{file} cannot be written: {error}") from error
 
 

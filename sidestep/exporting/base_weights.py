@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,21 +12,11 @@ from sidestep.acestep.keymap import to_diffusers
 from sidestep.acestep.variants import VariantConfig
 from sidestep.acestep.weight_files import open_safetensors
 from sidestep.adapters.base import SavedAdapter
+from sidestep.adapters.files import trained_on
 from sidestep.config.gate import read_variant
 from sidestep.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def trained_on(saved: SavedAdapter) -> dict[str, Any]:
-    """What sidestep wrote into the adapter when it was trained; empty for another program's adapter."""
-    try:
-        about = json.loads(saved.metadata.get("sidestep", "{}"))
-    except ValueError:
-        about = None
-    if not isinstance(about, dict):
-        raise UserError(f"{saved.path} has a header entry sidestep that is not a JSON object; copy the adapter again")
-    return about
 
 
 class BaseWeights:

@@ -7,8 +7,8 @@ the next, so that the largest of them decides how much memory is needed.
 from __future__ import annotations
 
 import gc
-import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.variants import VariantConfig
-from sidestep.adapters.files import apply_adapters, read_adapter
+from sidestep.adapters.files import apply_adapters, read_adapter, trained_on
 from sidestep.config.gate import read_variant
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype
@@ -140,16 +140,12 @@ def read_played(path: Path, scale: float) -> PlayedAdapter:
         UserError: if there is no adapter, or it is damaged.
     """
     saved = read_adapter(path)
-    try:
-        about = json.loads(saved.metadata.get("sidestep", "{}"))
-    except ValueError as error:
-        raise UserError(f"{saved.path}: what its header says about its training is damaged; copy it again") from error
     files = (saved.path, saved.path.with_name("adapter_config.json"))
     return PlayedAdapter(
         path=path,
         name=adapter_name(path),
         scale=scale,
-        about=about if isinstance(about, dict) else {},
+        about=trained_on(saved),
         sha256=[sha256_of(file) for file in files if file.is_file()],
     )
 
@@ -160,12 +156,12 @@ def choose_variant(typed: VariantConfig | None, adapters: Sequence[PlayedAdapter
     Raises:
         UserError: if neither is known, or an adapter is for a model of another size.
     """
-    trained_on = [_trained_on(adapter) for adapter in adapters]
-    variant = typed or (trained_on[0] if adapters else None)
+    own_variants = [_own_variant(adapter) for adapter in adapters]
+    variant = typed or (own_variants[0] if adapters else None)
     if variant is None:
         why = f"{adapters[0].path} does not say what it was trained on" if adapters else "no adapter names the model"
         raise UserError(f"{why}; type model_variant=turbo, base or sft, or the same with xl_ in front")
-    for adapter, own in zip(adapters, trained_on, strict=True):
+    for adapter, own in zip(adapters, own_variants, strict=True):
         if own is not None and own.is_xl != variant.is_xl:
             raise UserError(
                 f"{adapter.path} was trained on {own.name}, which has another size than {variant.name}; "
@@ -176,7 +172,7 @@ def choose_variant(typed: VariantConfig | None, adapters: Sequence[PlayedAdapter
     return variant
 
 
-def _trained_on(adapter: PlayedAdapter) -> VariantConfig | None:
+def _own_variant(adapter: PlayedAdapter) -> VariantConfig | None:
     name = adapter.about.get("model_variant")
     if name is None:
         return None
@@ -200,7 +196,8 @@ def choose_sampling(config: GenerateConfig, variant: VariantConfig, adapters: Se
         values[key] = getattr(config, key)
         if values[key] is None:
             values[key] = about.get(key, getattr(variant, key))
-            if not isinstance(values[key], int | float) or not values[key] > 0:
+            kind = int if key == "num_inference_steps" else int | float
+            if not isinstance(values[key], kind) or not 0 < values[key] < math.inf:
                 raise UserError(f"the header of {adapters[0].path} has {key}={values[key]!r}; type {key}=... yourself")
     sampling = Sampling(**values)
     if variant.is_turbo and sampling.guidance_scale > 1:

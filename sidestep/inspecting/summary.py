@@ -14,7 +14,9 @@ import torch
 
 from sidestep.adapters.base import SavedAdapter, module_kind
 from sidestep.adapters.convert import depends_on_weights, stand_in
-from sidestep.exporting.base_weights import BaseWeights, trained_on
+from sidestep.adapters.files import trained_on
+from sidestep.errors import UserError
+from sidestep.exporting.base_weights import BaseWeights
 
 _COLUMNS = {"self_attn": "self", "cross_attn": "cross", "mlp": "mlp"}
 
@@ -142,10 +144,10 @@ def facts(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("parameters", f"{sum(tensor.numel() for tensor in tensors):,}"),
         ("size on disk", f"{saved.path.stat().st_size / 1e6:,.2f} MB"),
     ]
-    return rows + _training(trained_on(saved), saved.metadata)
+    return rows + _training(trained_on(saved), saved)
 
 
-def _training(about: Mapping[str, Any], metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+def _training(about: Mapping[str, Any], saved: SavedAdapter) -> list[tuple[str, str]]:
     if not about:
         return [("trained on", "unknown: the header has no entry of sidestep's")]
     versions = about.get("versions", {})
@@ -153,7 +155,7 @@ def _training(about: Mapping[str, Any], metadata: Mapping[str, str]) -> list[tup
         ("model variant", f"{about.get('model_variant')} (checkpoint {about.get('checkpoint')})"),
         ("trained for", f"{about.get('step')} steps, {about.get('epoch')} epochs"),
         ("dataset", str(about.get("dataset"))),
-        ("trigger words", ", ".join(about.get("custom_tags", [])) or "none"),
+        ("trigger words", ", ".join(map(str, about.get("custom_tags", []))) or "none"),
         (
             "sample with",
             f"shift {about.get('shift')}, {about.get('num_inference_steps')} steps, "
@@ -161,13 +163,16 @@ def _training(about: Mapping[str, Any], metadata: Mapping[str, str]) -> list[tup
         ),
         ("made with", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    return rows + ([("exported", _export(metadata["sidestep_export"]))] if "sidestep_export" in metadata else [])
+    return rows + ([("exported", _export(saved))] if "sidestep_export" in saved.metadata else [])
 
 
-def _export(entry: str) -> str:
-    done = json.loads(entry)
-    lost = f", {done['worst_error']:.2%} lost in the worst layer" if "worst_error" in done else ""
-    return f"from {done['family']} at strength {done['scale']:g}{lost}"
+def _export(saved: SavedAdapter) -> str:
+    try:
+        done = json.loads(saved.metadata["sidestep_export"])
+        lost = f", {done['worst_error']:.2%} lost in the worst layer" if "worst_error" in done else ""
+        return f"from {done['family']} at strength {done['scale']:g}{lost}"
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise UserError(f"{saved.path}: the entry sidestep_export of its header is damaged; copy it again") from error
 
 
 def _ranks(saved: SavedAdapter) -> str:

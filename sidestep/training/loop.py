@@ -81,6 +81,7 @@ def _train(run: Run) -> float:
     accelerator = make_accelerator(run.precision, run.device)
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     start = run.find_start()
+    run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
     transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype, quantization=memory.base_quantization)
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -95,8 +96,9 @@ class StepLog:
                 self.flush()
         finally:
             if self.is_main:
-                self._tracker.close()
                 self._progress.close()
+                with nullcontext() if kind is None else suppress(OSError):  # the loop's own error says more
+                    self._tracker.close()
 
 
 def smooth(previous: float | None, loss: float, step: int) -> float:

@@ -296,7 +296,10 @@ class Run:
         if self.record.status == "running" and self.process == 0:
             self.record.status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             self.record.error = f"{type(error).__name__}: {error}"
-            self.record.write()
+            try:
+                self.record.write()
+            except OSError as second:  # the same full disk; the first error says more
+                log.warning("%s is not up to date: %s", self.record.path, second.strerror)
 
     def metadata(self, step: int) -> dict[str, str]:
         """What is written into the header of the adapter's files: enough to play it right and to make it again."""
@@ -410,13 +413,15 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     final = run.output_dir / "final"
     if previous.get("status") != "finished" or previous.get("step") != run.num_steps:
         return None
+    if previous["smoothed_loss"] is None:
+        return None
     resume_from = run.config.resume_from
     if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
         return None
     check_same_settings(previous["settings"], run.record.settings, run.output_dir)
     for key in ("shift", "num_inference_steps"):
-        if previous["config"][key] != (now_set := getattr(run.config, key)):
-            log.info("%s=%s was %s; %s is written again", key, now_set, previous["config"][key], final)
+        if (was := previous["config"].get(key)) != (now_set := getattr(run.config, key)):
+            log.info("%s=%s was %s; %s is written again", key, now_set, was, final)
             return None
     if not final.is_dir() or hashes_of(final) != previous["final"]:
         log.warning("%s is not as it was written; it is made again from the last checkpoint", final)

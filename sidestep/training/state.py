@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sidestep.errors import UserError
 from sidestep.files import describe, discarding, replacing_folder, sha256_of
@@ -27,6 +27,12 @@ log = logging.getLogger(__name__)
 
 STATE, MANIFEST = "training_state.pt", "manifest.json"
 FORMAT = 1
+
+_UNPICKLING_ERRORS = (
+    *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    pickle.UnpicklingError,
+)
+"""What ``torch.load`` raises on damaged bytes, which its unpickler takes for instructions."""
 
 
 @dataclass
@@ -57,17 +63,17 @@ def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> N
     try:
         with replacing_folder(folder) as partial:
             write_adapter(partial)
-            torch.save({"format": FORMAT, **vars(state)}, partial / STATE)
+            with (partial / STATE).open("wb") as file:  # torch's own writer does not say that the disk is full
+                torch.save({"format": FORMAT, **vars(state)}, file)
             files = {
                 path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 for path in sorted(partial.iterdir())
                 if path.is_file()
             }
             (partial / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
-        reason = " ".join(str(error).split())
+    except OSError as error:
         raise UserError(
-            f"{folder} cannot be written ({reason}); the checkpoints before it are whole; "
+            f"{folder} cannot be written ({error.strerror}); the checkpoints before it are whole; "
             f"mend that and type the same command again"
         ) from error
 
@@ -90,9 +96,10 @@ def load_checkpoint(folder: Path) -> TrainingState:
     _verify(folder)
     try:
         saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except _UNPICKLING_ERRORS as error:
         raise UserError(f"{folder / STATE} is not a training state ({type(error).__name__})") from error
-    if saved.pop("format", None) != FORMAT:
+    names = {field.name for field in fields(TrainingState)}
+    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT or saved.keys() != names:
         raise UserError(f"{folder / STATE} was written by another version of sidestep")
     return TrainingState(**saved)
 
@@ -155,7 +162,7 @@ def _steps(output_dir: Path) -> Iterator[tuple[int, Path]]:
             continue
         try:
             yield int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]), folder
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             log.warning("passing over %s: its %s cannot be read (%s)", folder, MANIFEST, error)
 
 
@@ -163,13 +170,13 @@ def _verify(folder: Path) -> None:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if STATE not in expected:
         raise UserError(f"{folder / MANIFEST} does not list {STATE}")
     for name, (size, digest) in expected.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
             raise UserError(f"{path} is missing")
         if path.stat().st_size != size or sha256_of(path) != digest:
             raise UserError(f"{path} was changed or cut short since it was written (its hash differs)")

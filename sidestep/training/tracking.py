@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
-from sidestep.files import write_text
+from sidestep.files import naming, write_text
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Tracker:
     def __init__(self, output_dir: Path, log_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = output_dir / "metrics.jsonl"
+        self.path, self.log_dir = output_dir / "metrics.jsonl", log_dir
         kept = [line for line in _lines(self.path) if _step_of(line) <= first_step]
         write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
@@ -61,7 +61,8 @@ class Tracker:
     def record(self, metrics: StepMetrics) -> None:
         """Write one step."""
         finite = {key: value if math.isfinite(value) else None for key, value in asdict(metrics).items()}
-        self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
+        with naming(self.path):
+            self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
         for name in ("loss", "lr", "grad_norm"):
             self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._board.add_scalar("train/seconds_per_step", metrics.seconds, metrics.step)
@@ -72,12 +73,16 @@ class Tracker:
 
     def flush(self) -> None:
         """Make what was written visible to other programs."""
-        self._file.flush()
-        self._board.flush()
+        with naming(self.path):
+            self._file.flush()
+        with naming(self.log_dir):
+            self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with naming(self.path):
+            self._file.close()
+        with naming(self.log_dir):
+            self._board.close()
 
 
 @dataclass
@@ -114,16 +119,26 @@ class RunRecord:
         write_text(self.path, json.dumps(values, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
+_KINDS: dict[str, Any] = {
+    "status": str,
+    "step": int,
+    "smoothed_loss": int | float | None,
+    "settings": dict,
+    "config": dict,
+    "final": dict,
+}
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read a ``run.json`` as it was written before; empty if there is none, or none that can be read."""
     if not path.is_file():
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        parts = [record["status"], record["step"], record["settings"], record["config"], record["final"]]
-        if not all(isinstance(part, kind) for part, kind in zip(parts, (str, int, dict, dict, dict), strict=True)):
-            raise TypeError("a value has the wrong type")
-    except (ValueError, KeyError, TypeError) as error:
+        for key, kind in _KINDS.items():
+            if not isinstance(record[key], kind):
+                raise TypeError(f"{key} is {record[key]!r:.60}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be understood (%s); going by the checkpoints alone", path, error)
         return {}
     return record
