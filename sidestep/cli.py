@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -59,7 +60,7 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
     try:
         if not (typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
-        with _naming_files("the folder of this run"):  # where Hydra writes its own
+        with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except UserError as error:
         sys.exit(str(error))
@@ -90,7 +91,7 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
     def job(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
         try:
-            with _naming_files(folder):
+            with _naming_files(lambda: folder):
                 return task(to_dataclass(config, root))
         except UserError as error:
             log.error("%s", error)
@@ -110,15 +111,26 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
 
 @contextmanager
-def _naming_files(folder: str) -> Iterator[None]:
-    """Turn what the user can mend about files into a line that names one: permissions, a full disk, a file gone."""
+def _naming_files(folder: Callable[[], str]) -> Iterator[None]:
+    """Turn what the user can mend about files into a line that names one: permissions, a full disk, a file gone.
+
+    Args:
+        folder: gives what to name where the error knows no file.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno not in WRITE_ERRORS:
             raise
-        where = folder if error.filename is None else os.fsdecode(error.filename)
+        where = folder() if error.filename is None else os.fsdecode(error.filename)
         raise UserError(f"{where}: {error.strerror}; mend that and type the same command again") from error
+
+
+def _folder_of(command: str, typed: Any) -> str:
+    """The folder that Hydra makes for a command, which it forgets when it fails to write there."""
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        config = compose(command, typed.overrides, return_hydra_config=True)
+    return str(config.hydra.sweep.dir if typed.multirun else config.hydra.run.dir)
 
 
 def _end_of_thread(ended: threading.ExceptHookArgs) -> None:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
-_OWN = f".partial-{_HOST}-{os.getpid()}"
-"""Ends the name of everything this process has not finished writing."""
+
+
+def _own() -> str:
+    """Ends the name of everything this process has not finished writing."""
+    return f".partial-{_HOST}-{os.getpid()}"
 
 
 def describe(folder: Path, limit: int = 5) -> str:
@@ -61,15 +64,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(memoryview(data)[start:])
 
 
+def ensure_readable(path: Path) -> None:
+    """Raise what keeps a file from being opened; safetensors would say that it does not exist, whatever it is."""
+    path.open("rb").close()
+
+
 @contextmanager
 def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Let an error name ``path`` where it names nothing, as errors of writing do, or something in ``partial``."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        elif partial is not None and Path(os.fsdecode(error.filename)).is_relative_to(partial):
+        if error.filename is None:
+            unnamed = error.errno is not None
+        else:
+            unnamed = partial is not None and Path(os.fsdecode(error.filename)).is_relative_to(partial)
+        if unnamed:
             error.filename = str(path)
         raise
 
@@ -77,7 +87,7 @@ def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; once the block ends without an error, it becomes ``path``."""
-    partial = path.with_name(f".{path.name}{_OWN}")
+    partial = path.with_name(f".{path.name}{_own()}")
     try:
         with naming(path, partial):
             yield partial
@@ -113,7 +123,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
-    partial = folder.with_name(f".{folder.name}{_OWN}")
+    partial = folder.with_name(f".{folder.name}{_own()}")
     partial.mkdir()
     try:
         with naming(folder, partial):
@@ -121,7 +131,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             for path in sorted(partial.rglob("*"), reverse=True):
                 sync(path)
             sync(partial)
-            old = folder.with_name(f".{folder.name}-old{_OWN}")
+            old = folder.with_name(f".{folder.name}-old{_own()}")
             if folder.exists():
                 os.replace(folder, old)  # a folder cannot replace one that is not empty
             os.replace(partial, folder)
@@ -171,7 +181,7 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
 @contextmanager
 def discarding(folder: Path) -> Iterator[Path]:
     """Take a folder out of sight before the block deletes it, so that nobody finds it half-deleted."""
-    doomed = folder.with_name(f".{folder.name}-old{_OWN}")
+    doomed = folder.with_name(f".{folder.name}-old{_own()}")
     os.replace(folder, doomed)
     yield doomed
 

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,8 @@ from tests.factories import (
     run_training,
     train_config,
 )
+from tests.processes import Command
 
-ROOT = Path(__file__).resolve().parents[1]
 HTML = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head></html>\n"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4787\n"
 BOMB = struct.pack("<Q", 2**40) + b"{"
@@ -616,18 +614,10 @@ def test_the_command_prints_one_line_and_exits_with_1(world, name):
     if damage is not None:
         damage(world)
     before = contents(world)
-    arguments = [*typed.split(), "model_variant=base", "checkpoint_dir=checkpoints"]
-    done = subprocess.run(
-        [sys.executable, "-m", f"sidestep.{command}", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert answer in done.stderr
-    assert done.stdout == ""
+    process = Command(world, command, *typed.split(), "model_variant=base", "checkpoint_dir=checkpoints")
+    assert process.wait() == 1, process.said
+    assert len(process.said.splitlines()) == 1, process.said
+    assert answer in process.said
     after = contents(world)
     assert {path: after.get(path) for path in before} == before
     kept = {Path(path).name for path in after.keys() - before.keys()}

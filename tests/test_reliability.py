@@ -138,10 +138,11 @@ def test_a_folder_is_free_again_when_its_owner_leaves(tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept_if_asked_and_those_at_round_numbers(tmp_path, places):
-    where = tuple(places[:2])
-    run_training(tmp_path / "run", *where, "max_epochs=7", "save_every_epochs=1", "keep_last=2", "keep_every=3")
+    (tmp_path / "run/best").mkdir(parents=True)
+    run_training(tmp_path / "run", *places, "max_epochs=7", "save_every_epochs=1", "keep_last=2", "keep_every=3")
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["epoch_3", "epoch_6", "epoch_7"]
+    assert (tmp_path / "run/best").is_dir()
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch, caplog):
@@ -155,7 +156,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch
         return loss(self, *arguments) * (float("inf") if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(VelocityLoss, "loss", broken_once)
-    run_training(tmp_path / "run", *places[:2], "max_epochs=null", "max_steps=4", "save_every_steps=1")
+    run_training(tmp_path / "run", *places, "max_epochs=null", "max_steps=4", "save_every_steps=1")
     states = [load_checkpoint(tmp_path / f"run/checkpoints/{name}") for name in ("step_2", "step_3", "epoch_1")]
     torch.testing.assert_close(states[1].adapter, states[0].adapter, rtol=0, atol=0)
     torch.testing.assert_close(states[1].optimizer["state"], states[0].optimizer["state"], rtol=0, atol=0)
@@ -165,7 +166,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch
 
 def test_after_too_many_bad_steps_the_last_good_state_is_saved_and_the_cause_named(tmp_path, places):
     with pytest.raises(UserError) as raised:
-        run_training(tmp_path / "run", *places[:2], "max_epochs=50", "optim.lr=1e38", "optim.max_grad_norm=1e38")
+        run_training(tmp_path / "run", *places, "max_epochs=50", "optim.lr=1e38", "optim.max_grad_norm=1e38")
     message = str(raised.value)
     assert "5 steps in a row" in message
     assert "the songs were song" in message

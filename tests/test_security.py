@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from sidestep.cli import run_command
+from sidestep.config.settings import InspectConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "sidestep").rglob("*.py"))
@@ -131,7 +136,14 @@ def test_only_known_modules_write_files(path):
 
 def _is_write(call: ast.Call) -> bool:
     if isinstance(call.func, ast.Name):
-        return call.func.id in {"replacing", "replacing_folder", "discarding", "write_text", "save_file"}
+        return call.func.id in {
+            "replacing",
+            "replacing_folder",
+            "discarding",
+            "write_text",
+            "write_tensors",
+            "save_file",
+        }
     if not isinstance(call.func, ast.Attribute) or call.func.attr not in WRITES:
         return False
     return call.func.attr not in ("replace", "remove") or dotted(call.func) in ("os.replace", "os.remove")
@@ -154,9 +166,16 @@ def refuse(*arguments, **options):
     raise OSError("this test has no network")
 
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
-command, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = command
-runpy.run_module("sidestep." + command, run_name="__main__")
+from sidestep.cli import QUIET
+os.environ.update(QUIET)
+import sidestep.inference.generation, sidestep.training.loop  # once for all commands, which takes longest
+for words in json.loads(sys.argv[1]):
+    if (child := os.fork()) == 0:
+        sys.argv = words
+        runpy.run_module("sidestep." + words[0], run_name="__main__", alter_sys=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(" ".join(words))
 """
 
 
@@ -172,16 +191,17 @@ def watched(tmp_path_factory) -> tuple[Path, Path, Path]:
     }  # fmt: skip
     final = "adapter_dir=outputs/x/lora-turbo-rank2-demo/final"
     model = ["checkpoint_dir=outputs/demo-model", "device=cpu"]
-    for command in (
+    commands = [
         ["train", "experiment=demo", "adapter=lora", "model_variant=turbo", "adapter.rank=2", "max_epochs=1", "name=x"],
         ["generate", final, *model, "prompt=piano", "seconds=1", "num_inference_steps=1", "output_dir=outputs/music"],
         ["export", final, *model, "format=comfyui", "output_dir=outputs/exported"],
-    ):
-        done = subprocess.run(
-            [sys.executable, str(watch / "watch.py"), *command],
-            cwd=work, env=environment, capture_output=True, text=True, check=False, umask=0o022,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        ["inspect", final, model[0], "plot=outputs/plot.png"],
+    ]
+    done = subprocess.run(
+        [sys.executable, str(watch / "watch.py"), json.dumps(commands)],
+        cwd=work, env=environment, capture_output=True, text=True, check=False, umask=0o027,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return work, home, watch
 
 
@@ -192,20 +212,33 @@ def test_nothing_is_sent_or_asked_of_another_machine(watched):
 def test_nothing_is_written_outside_of_the_output_folder(watched):
     work, home, watch = watched
     assert [path.name for path in work.iterdir()] == ["outputs"]
-    assert [path for path in home.rglob("*") if path.is_file()] == []
+    kept = [path for path in home.rglob("*") if path.is_file() and path.parent != home / ".cache/matplotlib"]
+    assert kept == []  # matplotlib remembers which fonts there are
     assert [path for path in (watch / "tmp").rglob("*") if path.is_file()] == []
 
 
-def test_nobody_else_may_change_the_files_and_nobody_may_run_them(watched):
+def test_the_umask_decides_who_may_read_and_nobody_else_may_change_or_run_a_file(watched):
     for path in (watched[0] / "outputs").rglob("*"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        assert not mode & 0o022, f"{path} {mode:o}"
-        assert path.is_dir() or not mode & 0o111, f"{path} {mode:o}"
+        mode, own = stat.S_IMODE(path.stat().st_mode), path.name.startswith(".")  # locks and marks
+        assert not mode & 0o027, f"{path} {mode:o}"
+        assert path.is_dir() or own or path.is_relative_to(watched[0] / "outputs/demo-model") or mode == 0o640, (
+            f"{path} {mode:o}"
+        )
 
 
-def test_who_may_read_one_file_of_an_adapter_may_read_the_others(watched):
-    final = watched[0] / "outputs/x/lora-turbo-rank2-demo/final"
-    assert len({stat.S_IMODE(path.stat().st_mode) for path in final.iterdir()}) == 1
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"])
+def test_libraries_stay_offline_unless_the_user_says_otherwise(monkeypatch, name):
+    monkeypatch.setattr(sys, "argv", ["inspect", "nonsense=1"])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    for given, found in ((None, "1"), ("0", "0")):
+        os.environ.pop(name, None)
+        if given is not None:
+            os.environ[name] = given
+        with pytest.raises(SystemExit):
+            run_command("inspect", InspectConfig, print)
+        assert os.environ[name] == found
 
 
 def test_an_adapter_does_not_tell_who_trained_it_where(watched):

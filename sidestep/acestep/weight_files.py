@@ -14,8 +14,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidestep.errors import UserError
+from sidestep.files import ensure_readable
 
 _RUNS, _RUN_LENGTH = 8, 8
+
+UNPICKLING_ERRORS = (
+    *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
+    pickle.UnpicklingError,
+)
+"""What ``torch.load`` raises on damaged bytes, which its unpickler takes for instructions."""
 
 
 @contextmanager
@@ -26,6 +33,7 @@ def open_safetensors(path: Path, device: torch.device | str = "cpu") -> Iterator
         UserError: if it is missing, damaged or not a safetensors file, also when that shows only while reading.
     """
     try:
+        ensure_readable(path)
         file = safe_open(path, framework="pt", device=str(device))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make or download it again") from error
@@ -78,6 +86,8 @@ def locate_tensors(folder: Path, stem: str) -> dict[str, Path]:
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{index} has no weight_map from tensors to files; download it again")
     for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard:
+            raise UserError(f"{index} names {shard!r:.60}, which is no file beside it; download it again")
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, but {index.name} names it; download it again")
         with open_safetensors(folder / shard) as file:
@@ -126,10 +136,14 @@ def load_tensor(path: Path) -> Tensor:
         UserError: if the file is missing or holds anything else.
     """
     try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
+        ensure_readable(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make or download it again") from error
-    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except UNPICKLING_ERRORS as error:
         raise UserError(f"{path} is damaged or not a tensor file; download it again") from error
     if not isinstance(tensor, Tensor) or tensor.ndim < 2:
         raise UserError(f"{path} holds no tensor of shape (1, channels, frames)")

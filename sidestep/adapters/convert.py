@@ -128,7 +128,7 @@ def write_diffusers(folder: Path, factors: Mapping[str, Factors], metadata: Mapp
     for path, pair in factors.items():
         tensors[f"transformer.{to_diffusers(path)}.lora_A.weight"] = pair.a
         tensors[f"transformer.{to_diffusers(path)}.lora_B.weight"] = pair.b
-    _write(folder / DIFFUSERS_FILE, tensors, metadata)
+    write_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", **metadata})
     return folder
 
 

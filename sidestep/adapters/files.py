@@ -22,7 +22,7 @@ from sidestep.adapters import loha, lokr, lora, oft
 from sidestep.adapters.base import AdapterConfig, SavedAdapter, by_kind, refuse_second
 from sidestep.adapters.lycoris import file_name
 from sidestep.errors import UserError
-from sidestep.files import sha256_of
+from sidestep.files import ensure_readable, sha256_of
 
 WEIGHTS_FILES = (lora.WEIGHTS_FILE, lokr.WEIGHTS_FILE, loha.WEIGHTS_FILE)
 
@@ -198,6 +198,7 @@ def fingerprint_adapter(path: Path) -> str:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    ensure_readable(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -269,9 +270,9 @@ def _lora_config(settings: Mapping[str, Any], modules: Modules, where: str) -> l
     ranks = {name: _in_pattern(settings, "rank_pattern", name, rank, where) for name in modules}
     alphas = {name: _in_pattern(settings, "alpha_pattern", name, alpha, where) for name in modules}
     for name, leaves in modules.items():
-        found = len(leaves["lora_A.weight"]) if leaves.get("lora_A.weight", torch.empty(())).ndim else ranks[name]
-        if found != ranks[name]:
-            raise UserError(f"{where} gives {name} rank {ranks[name]:g}, but its weights have rank {found}")
+        found = leaves["lora_A.weight"].shape[:1] if "lora_A.weight" in leaves else ()
+        if found and found[0] != ranks[name]:
+            raise UserError(f"{where} gives {name} rank {ranks[name]:g}, but its weights have rank {found[0]}")
     family = lora.DoraConfig if settings.get("use_dora") else lora.LoraConfig
     return family(
         rank=rank,

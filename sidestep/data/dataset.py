@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from sidestep.data.manifest import AGAIN, SongRecord, read_manifest
 from sidestep.data.sampler import PATCH_FRAMES, SongOrder, excerpt_at
 from sidestep.errors import UserError
+from sidestep.files import ensure_readable
 
 LATENT_CHANNELS = 64
 
@@ -123,6 +124,7 @@ class SongDataset(Dataset[Example]):
     def _read(self, song: SongRecord, file: str, key: str, rows: slice, width: int) -> Tensor:
         path = self.folder / file
         try:
+            ensure_readable(path)
             with safe_open(path, framework="pt") as tensors:
                 tensor: Tensor = tensors.get_slice(key)[rows]
         except (SafetensorError, OSError, IndexError) as error:  # IndexError: it has no rows

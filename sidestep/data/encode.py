@@ -35,7 +35,7 @@ from sidestep.data.sampler import FRAMES_PER_SECOND
 from sidestep.data.songs import Song, SongList, printable, read_songs
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import alone_in, remove_abandoned, sha256_of, write_tensors
+from sidestep.files import alone_in, ensure_readable, remove_abandoned, sha256_of, write_tensors
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -425,6 +425,7 @@ def _about_conditions(file: Path) -> tuple[int, dict[str, int]]:
 def _read_header(file: Path, key: str, note: str, parse: Callable[[str], Any]) -> tuple[list[int], Any]:
     """Read the shape of one tensor and one entry of the metadata of its file."""
     try:
+        ensure_readable(file)
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_slice(key).get_shape(), parse((tensors.metadata() or {})[note])
     except (SafetensorError, OSError, KeyError, ValueError) as error:

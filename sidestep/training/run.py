@@ -41,6 +41,7 @@ from sidestep.training.state import (
     checkpoints_by_step,
     load_checkpoint,
     newest_checkpoint,
+    read_manifest,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -324,7 +325,7 @@ class Run:
     def _set_aside_after(self, step: int) -> None:
         """Move checkpoints past a step out of the way, so that going back does not end at the newest again."""
         for folder in checkpoints_by_step(self.output_dir):
-            if json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["step"] > step:
+            if read_manifest(folder)["step"] > step:
                 aside = self.output_dir / "set_aside" / now().replace(":", "")
                 aside.mkdir(parents=True, exist_ok=True)
                 os.replace(folder, aside / folder.name)

@@ -8,10 +8,9 @@ checkpoints/epoch_N/  or  checkpoints/step_N/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sidestep.acestep.weight_files import UNPICKLING_ERRORS
 from sidestep.errors import UserError
 from sidestep.files import describe, discarding, replacing_folder, sha256_of
 
@@ -27,12 +27,6 @@ log = logging.getLogger(__name__)
 
 STATE, MANIFEST = "training_state.pt", "manifest.json"
 FORMAT = 1
-
-_UNPICKLING_ERRORS = (
-    *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
-    pickle.UnpicklingError,
-)
-"""What ``torch.load`` raises on damaged bytes, which its unpickler takes for instructions."""
 
 
 @dataclass
@@ -70,7 +64,9 @@ def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> N
                 for path in sorted(partial.iterdir())
                 if path.is_file()
             }
-            (partial / MANIFEST).write_text(json.dumps({"step": state.step, "files": files}, indent=2) + "\n")
+            manifest = {"step": state.step, "files": files}
+            signed = manifest | {"sha256": _hash(manifest)}
+            (partial / MANIFEST).write_text(json.dumps(signed, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); the checkpoints before it are whole; "
@@ -96,7 +92,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
     _verify(folder)
     try:
         saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    except _UNPICKLING_ERRORS as error:
+    except UNPICKLING_ERRORS as error:
         raise UserError(f"{folder / STATE} is not a training state ({type(error).__name__})") from error
     names = {field.name for field in fields(TrainingState)}
     if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT or saved.keys() != names:
@@ -161,22 +157,35 @@ def _steps(output_dir: Path) -> Iterator[tuple[int, Path]]:
         if folder.name.startswith("."):
             continue
         try:
-            yield int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["step"]), folder
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-            log.warning("passing over %s: its %s cannot be read (%s)", folder, MANIFEST, error)
+            yield read_manifest(folder)["step"], folder
+        except UserError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint folder should hold: the step, and the size and hash of each file.
+
+    Raises:
+        UserError: if it cannot be read, or was changed.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash(manifest):
+        raise UserError(f"{path} was changed since it was written (its hash differs)")
+    return manifest
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(folder: Path) -> None:
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if STATE not in expected:
-        raise UserError(f"{folder / MANIFEST} does not list {STATE}")
-    for name, (size, digest) in expected.items():
+    for name, expected in read_manifest(folder)["files"].items():
         path = folder / name
-        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name of any length
+        if not path.is_file():
             raise UserError(f"{path} is missing")
-        if path.stat().st_size != size or sha256_of(path) != digest:
+        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
             raise UserError(f"{path} was changed or cut short since it was written (its hash differs)")

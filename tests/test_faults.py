@@ -1,0 +1,247 @@
+"""What can happen to files and folders under a run: taken away, forbidden, changed, damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import stat
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sidestep.errors import UserError
+from sidestep.files import naming, replacing_folder, write_tensors
+from sidestep.training.state import load_checkpoint, newest_checkpoint, read_manifest
+from tests.audio_files import write
+from tests.factories import run_training
+from tests.processes import Command, at_call, obey_permissions
+from tests.test_reliability import TRAIN, final_weights, run_of
+
+STEP = "sidestep.training.forward.Forward.__call__"
+LONG = ["max_epochs=null", "max_steps=12", "save_every_steps=2"]
+
+
+@pytest.fixture
+def work(tmp_path: Path, checkpoint_dir: Path, dataset_dir: Path) -> Path:
+    """A working folder with a dataset and a song of its own, and a link to the toy model."""
+    shutil.copytree(dataset_dir, tmp_path / "work/data")
+    shutil.copytree(checkpoint_dir, tmp_path / "work/checkpoints")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("good", "bad"):
+        write(tmp_path / f"work/songs/{name}.wav", torch.rand(24_000, 2, generator=generator).numpy() - 0.5, 48_000)
+    return tmp_path / "work"
+
+
+def finish(work: Path, *settings: str) -> dict[str, torch.Tensor]:
+    process = Command(work, *TRAIN, "dataset_dir=data", *settings)
+    assert process.wait() == 0, process.said
+    return final_weights(run_of(work))
+
+
+# files that go away or change while a run trains
+
+
+def test_a_file_that_vanishes_under_a_run_is_named_and_the_run_goes_on_once_it_is_back(work, tmp_path):
+    file = "data/latents/song1.safetensors"
+    vanish = partial(at_call, STEP, 5, partial(os.rename, file, "elsewhere"))
+    failed = Command(work, *TRAIN, "dataset_dir=data", *LONG, first=vanish)
+    assert failed.wait() == 1, failed.said
+    assert "Traceback" not in failed.said
+    assert file in failed.said.splitlines()[-1]
+    (newest, state) = newest_checkpoint(run_of(work)) or pytest.fail("no checkpoint is whole")
+    assert newest.name == f"step_{state.step}"
+
+    missing = Command(work, *TRAIN, "dataset_dir=data", *LONG)
+    assert missing.wait() == 1
+    assert f"{file} of song1.wav is missing" in missing.said.splitlines()[-1]
+    (work / "elsewhere").rename(work / file)
+    weights = finish(work, *LONG)
+    shutil.rmtree(work / "outputs")
+    torch.testing.assert_close(weights, finish(work, *LONG), rtol=0, atol=0)
+
+
+def test_a_dataset_that_changes_under_a_run_does_not_change_the_run_and_is_refused_afterwards(work):
+    songs = work / "data/songs.jsonl"
+    shutil.copy(songs, work / "before.jsonl")
+    (work / "fewer.jsonl").write_text("".join(songs.read_text().splitlines(keepends=True)[1:]))
+
+    change = partial(at_call, STEP, 5, partial(os.replace, "fewer.jsonl", "data/songs.jsonl"))
+    changed = Command(work, *TRAIN, "dataset_dir=data", *LONG, first=change)
+    assert changed.wait() == 0, changed.said
+    weights = final_weights(run_of(work))
+
+    refused = Command(work, *TRAIN, "dataset_dir=data", *LONG)
+    assert refused.wait() == 1
+    assert "was trained with dataset=" in refused.said.splitlines()[-1]
+    (work / "before.jsonl").replace(songs)
+    torch.testing.assert_close(finish(work, *LONG), weights, rtol=0, atol=0)  # is finished, so it returns at once
+    shutil.rmtree(work / "outputs")
+    torch.testing.assert_close(finish(work, *LONG), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [("latents/song3", "latents", float("nan")), ("conditions/song3", "caption", float("inf"))],
+)
+def test_one_value_that_is_not_finite_is_found_and_named_before_training(work, file, key, value):
+    """In the last frame of the last song, where the first excerpts do not come."""
+    path = work / f"data/{file}.safetensors"
+    tensor = load_file(path)[key].clone()
+    tensor[-1, -1] = value
+    path.unlink()
+    save_file({key: tensor}, path)
+    with pytest.raises(UserError, match=rf"{file}.safetensors of song3.wav holds NaN or infinity"):
+        run_training(work / "run", f"dataset_dir={work}/data", f"checkpoint_dir={work}/checkpoints", "max_epochs=1")
+    assert list((work / "run").rglob("*.json*")) == []
+
+
+# what may not be read or written
+
+TYPED = {
+    "train": [*TRAIN, "dataset_dir=data", "max_epochs=1"],
+    "preprocess": ["preprocess", "audio_dir=songs", "dataset_dir=new", "model_variant=base", "device=cpu"],
+    "inspect": ["inspect", "adapter_dir=adapter", "plot=shut/x.png"],
+    "export": ["export", "adapter_dir=adapter", "format=comfyui", "output_dir=shut/exported"],
+    "generate": ["generate", "adapter_dir=adapter", "prompt=x", "seconds=1", "output_dir=shut/music", "device=cpu"],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "mode"),
+    [
+        ("train", "outputs/kill", 0o555),
+        ("train", "data", 0o000),
+        ("train", "data/songs.jsonl", 0o000),
+        ("train", "data/latents/song2.safetensors", 0o000),
+        ("train", "checkpoints/acestep-v15-base", 0o000),
+        ("train", "checkpoints/acestep-v15-base/model.safetensors", 0o000),
+        ("train", "checkpoints/acestep-v15-base/silence_latent.pt", 0o000),
+        ("preprocess", "songs", 0o000),
+        ("preprocess", "songs/bad.wav", 0o000),
+        ("preprocess", "new", 0o555),
+        ("preprocess", "checkpoints/vae/config.json", 0o000),
+        ("inspect", "shut", 0o555),
+        ("inspect", "adapter", 0o000),
+        ("inspect", "adapter/adapter_config.json", 0o000),
+        ("export", "shut", 0o555),
+        ("export", "adapter/adapter_model.safetensors", 0o000),
+        ("generate", "shut", 0o555),
+        ("generate", "adapter/adapter_model.safetensors", 0o000),
+    ],
+)
+def test_what_may_not_be_read_or_written_is_named_in_one_line(work, adapters, command, path, mode):
+    shutil.copytree(adapters["lora"], work / "adapter")
+    for folder in ("outputs/kill", "new", "shut"):
+        (work / folder).mkdir(parents=True, exist_ok=True)
+    before = stat.S_IMODE((work / path).stat().st_mode)
+    (work / path).chmod(mode)
+    try:
+        process = Command(work, *TYPED[command], first=obey_permissions)
+        code = process.wait()
+    finally:
+        (work / path).chmod(before)
+    assert code == 1, process.said
+    assert "Traceback" not in process.said
+    assert any(path in line and "ermi" in line for line in process.said.splitlines()), process.said  # permission
+
+
+def test_a_run_whose_checkpoints_may_not_be_written_keeps_the_last_one(work):
+    """The folder is shut in the middle of the run."""
+    shut = partial(at_call, STEP, 6, partial(_shut, "outputs/kill"))
+    failed = Command(work, *TRAIN, "dataset_dir=data", *LONG, first=partial(_both, obey_permissions, shut))
+    assert failed.wait() == 1, failed.said
+    assert "Traceback" not in failed.said
+    assert "checkpoints/step_4 cannot be written (Permission denied)" in failed.said.splitlines()[-1]
+    checkpoints = run_of(work) / "checkpoints"
+    checkpoints.chmod(0o755)
+    assert load_checkpoint(checkpoints / "step_2").step == 2
+    weights = finish(work, *LONG)
+    shutil.rmtree(work / "outputs")
+    torch.testing.assert_close(weights, finish(work, *LONG), rtol=0, atol=0)
+
+
+def _shut(folder: str) -> None:
+    for checkpoints in Path(folder).glob("*/checkpoints"):
+        checkpoints.chmod(0o555)
+
+
+def _both(first: partial[None], second: partial[None]) -> None:
+    first()
+    second()
+
+
+# damaged checkpoints
+
+
+@pytest.mark.parametrize("num_flips", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_checkpoint_with_a_flipped_bit_is_named_and_the_one_before_it_taken(
+    tmp_path, checkpoint_dir, dataset_dir, caplog, num_flips
+):
+    run_training(
+        tmp_path, f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=2",
+        "save_every_epochs=1", "adapter.rank=1",
+    )  # fmt: skip
+    newest = tmp_path / "checkpoints/epoch_2"
+    files = sorted(newest.iterdir())
+    manifest = read_manifest(newest)
+    chance = random.Random(0)
+    for _ in range(num_flips):
+        path = chance.choice(files)
+        whole = path.read_bytes()
+        at = chance.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "sidestep"):
+            found = newest_checkpoint(tmp_path)
+        assert found is not None
+        if found[0].name == "epoch_2":  # a blank in the manifest
+            assert path.name == "manifest.json"
+            assert read_manifest(newest) == manifest
+        else:
+            assert found[0].name == "epoch_1"
+            assert str(newest) in caplog.text
+            assert path.name in caplog.text
+        path.write_bytes(whole)
+
+
+# how files are written
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(1, dtype=torch.bfloat16)}
+    metadata = {f"key {n}": f'{{"é\u2028": "\\n\x01", "n": {n}}}' for n in range(20)}
+    for name in ("one", "two"):
+        write_tensors(tmp_path / name, tensors, metadata)
+        tensors, metadata = (dict(reversed(values.items())) for values in (tensors, metadata))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with safe_open(tmp_path / "one", "pt") as file:
+        assert file.metadata() == metadata
+    torch.testing.assert_close(load_file(tmp_path / "one"), tensors, rtol=0, atol=0)
+
+
+def test_an_error_of_writing_names_the_file_that_was_to_be_written(tmp_path):
+    def fill_the_disk() -> None:
+        with naming(tmp_path / "file"), Path("/dev/full").open("w") as full:
+            full.write("x")
+
+    def write_nowhere() -> None:
+        with replacing_folder(tmp_path / "folder") as partial_folder:
+            (partial_folder / "a/b").write_text("")
+
+    for write_badly, name in ((fill_the_disk, "file"), (write_nowhere, "folder")):
+        with pytest.raises(OSError, match="No s") as raised:
+            write_badly()
+        assert raised.value.filename == str(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_is_one_line_whatever_it_quotes():
+    assert str(UserError("a\nb\x1b[2J\udce9\u2028é")) == r"a\nb\x1b[2J\udce9\u2028é"
+    assert json.loads(json.dumps(str(UserError("é"))))
