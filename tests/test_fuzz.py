@@ -24,11 +24,10 @@ from sidestep.adapters.files import apply_adapters, read_adapter
 from sidestep.config.settings import GenerateConfig, TrainConfig
 from sidestep.data.dataset import SongDataset, collate
 from sidestep.errors import UserError
-from sidestep.files import sha256_of
 from sidestep.inference.generation import choose_sampling, choose_variant, read_played
 from sidestep.inspecting.summary import facts
 from sidestep.training.run import open_run
-from sidestep.training.state import load_checkpoint, newest_checkpoint
+from sidestep.training.state import load_checkpoint, newest_checkpoint, write_manifest
 from tests.factories import CHOICES, generate_config, run_training, train_config
 
 CPU = torch.device("cpu")
@@ -170,10 +169,7 @@ def use_dataset(world: Path) -> None:
 def use_state(world: Path) -> None:
     """Read a training state whose hash is right, as if the damage had been there when it was written."""
     folder = world / "signed/checkpoints/epoch_1"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    state = folder / "training_state.pt"
-    manifest["files"][state.name] = {"bytes": state.stat().st_size, "sha256": sha256_of(state)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, 4)
     load_checkpoint(folder)
 
 

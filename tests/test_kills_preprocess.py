@@ -60,7 +60,7 @@ def check_same(tmp_path: Path, command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_the_dataset_ends_the_same_to_the_byte(tmp_path, command, num_kills):
+def test_killed_at_random_moments_the_dataset_ends_the_same_to_the_byte(tmp_path, command, record_property, num_kills):
     """SIGKILL while loading and encoding, and just after; the same command again each time."""
     chance = random.Random(num_kills)
     num_killed = 0
@@ -70,6 +70,7 @@ def test_killed_at_random_moments_the_dataset_ends_the_same_to_the_byte(tmp_path
         time.sleep(chance.random() * 0.3)
         if process.kill():
             num_killed += 1
+            record_property("killed", num_killed)
         else:  # it was done before, so there is nothing left to kill
             assert process.wait() == 0, process.said
             shutil.rmtree(tmp_path / "parts/data")
@@ -77,13 +78,16 @@ def test_killed_at_random_moments_the_dataset_ends_the_same_to_the_byte(tmp_path
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_one_file_after_another_the_dataset_ends_the_same_to_the_byte(tmp_path, command, every):
+def test_killed_at_one_file_after_another_the_dataset_ends_the_same_to_the_byte(
+    tmp_path, command, record_property, every
+):
     """SIGKILL from inside, before the first, second, ... file gets its name; begun anew each time."""
     for number in itertools.count(1, every):
         shutil.rmtree(tmp_path / "parts/data", ignore_errors=True)
         process = in_folder(tmp_path / "parts", command, first=partial(at_call, "os.replace", number, die))
         if process.wait() != -signal.SIGKILL:
             break
+        record_property("killed", number)
         assert not (tmp_path / "parts/data/dataset_info.json").exists()
         again = in_folder(tmp_path / "parts", command)
         assert again.wait() == 0, again.said

@@ -188,7 +188,7 @@ MOMENTS = ("training ", "step ", "saved ", "saved ", "all ", "finished ")
     ("adapter", "num_kills"),
     [("lokr", 4), ("lora", 4), *(pytest.param(name, 30, marks=pytest.mark.slow) for name in ("lokr", "lora", "dora"))],
 )
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(work, places, adapter, num_kills):
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(work, places, record_property, adapter, num_kills):
     """Each command is the same; one that ends before it can be killed has nothing left to do, and all begins anew."""
     settings = [*places, f"adapter={adapter}", "max_epochs=null", "max_steps=24", "save_every_steps=2", "keep_last=2"]
     expected = train_undisturbed(work.with_name("whole"), *settings)
@@ -202,6 +202,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(work, places,
         time.sleep(chance.random() * 0.05)
         if process.kill():
             num_killed += 1
+            record_property("killed", num_killed)
         else:
             assert process.wait() == 0, process.said
             torch.testing.assert_close(final_weights(run_of(work)), expected, rtol=0, atol=0)
@@ -217,7 +218,9 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(work, places,
     ("function", "every"),
     [("os.replace", 5), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("os.replace", "os.fsync"))],
 )
-def test_killed_at_one_write_after_another_a_run_ends_with_the_same_weights(work, places, function, every):
+def test_killed_at_one_write_after_another_a_run_ends_with_the_same_weights(
+    work, places, record_property, function, every
+):
     """SIGKILL from inside, before the first, second, ... file is flushed or gets its name, in run after run."""
     settings = [*places, "adapter=lokr", "max_epochs=null", "max_steps=6", "save_every_steps=1", "keep_last=2"]
     expected = train_undisturbed(work.with_name("whole"), *settings)
@@ -225,6 +228,7 @@ def test_killed_at_one_write_after_another_a_run_ends_with_the_same_weights(work
         process = Command(work, *TRAIN, *settings, first=partial(at_call, function, number, die))
         if process.wait() != -signal.SIGKILL:
             break
+        record_property("killed", number)
     assert process.wait() == 0, process.said
     assert number > 3
     torch.testing.assert_close(final_weights(run_of(work)), expected, rtol=0, atol=0)

@@ -59,14 +59,7 @@ def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> N
             write_adapter(partial)
             with (partial / STATE).open("wb") as file:  # torch's own writer does not say that the disk is full
                 torch.save({"format": FORMAT, **vars(state)}, file)
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-                for path in sorted(partial.iterdir())
-                if path.is_file()
-            }
-            manifest = {"step": state.step, "files": files}
-            signed = manifest | {"sha256": _hash(manifest)}
-            (partial / MANIFEST).write_text(json.dumps(signed, indent=2) + "\n", encoding="utf-8")
+            write_manifest(partial, state.step)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}); the checkpoints before it are whole; "
@@ -160,6 +153,18 @@ def _steps(output_dir: Path) -> Iterator[tuple[int, Path]]:
             yield read_manifest(folder)["step"], folder
         except UserError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Write the size and hash of each file of a checkpoint folder, and a hash of all that."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"step": step, "files": files}
+    text = json.dumps(manifest | {"sha256": _hash(manifest)}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
