@@ -1,3 +1,4 @@
+import hashlib
 import importlib
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -32,18 +33,29 @@ class Hub:
 
     fetched: list[str]
     shorten_by: int = 0
+    byte: bytes = b"\0"
+    """What its files are full of."""
 
     def model_info(self, repo, files_metadata):
         assert files_metadata
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f, size=s) for f, s in REPOS[repo].items()])
+        return SimpleNamespace(sha="c0ffee", siblings=[listed(name, size) for name, size in REPOS[repo].items()])
 
-    def snapshot_download(self, repo, *, local_dir, allow_patterns):
+    def snapshot_download(self, repo, *, revision, local_dir, allow_patterns):
+        assert revision == "c0ffee"
         for name, size in REPOS[repo].items():
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
                 path = local_dir / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(bytes(size - self.shorten_by))
+                path.write_bytes(self.byte * (size - self.shorten_by))
                 self.fetched.append(f"{repo}:{name}")
+
+
+def listed(name, size):
+    """What the hub says of a file full of zeros: the hash of large files, and git's own of all."""
+    content = bytes(size)
+    large = SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()) if name.endswith(".safetensors") else None
+    blob_id = hashlib.sha1(b"blob %d\0" % size + content).hexdigest()
+    return SimpleNamespace(rfilename=name, size=size, lfs=large, blob_id=blob_id)
 
 
 @pytest.fixture
@@ -95,6 +107,34 @@ def test_a_file_that_arrives_short_is_named(script, hub, tmp_path):
     hub.shorten_by = 1
     with pytest.raises(SystemExit, match=r"acestep-v15-base/config\.json did not arrive whole; run the same command"):
         script.main(["base", "--checkpoint-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_is_not_what_the_hub_lists_is_named_and_fetched_again(script, hub, tmp_path, name):
+    script.main(["base", "--checkpoint-dir", str(tmp_path)])
+    path = tmp_path / "acestep-v15-base" / name
+    whole = path.read_bytes()
+    path.unlink()
+    hub.byte = b"x"
+    with pytest.raises(SystemExit, match=rf"acestep-v15-base/{name} arrived with another hash than the hub lists"):
+        script.main(["base", "--checkpoint-dir", str(tmp_path)])
+    assert not path.exists()
+    hub.byte = b"\0"
+    script.main(["base", "--checkpoint-dir", str(tmp_path)])
+    assert path.read_bytes() == whole
+
+
+def test_files_that_were_damaged_later_are_found_by_check(script, hub, tmp_path, capsys):
+    script.main(["base", "--checkpoint-dir", str(tmp_path)])
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    hub.fetched.clear()
+    script.main(["base", "--checkpoint-dir", str(tmp_path)])
+    assert hub.fetched == []
+    script.main(["base", "--checkpoint-dir", str(tmp_path), "--check"])
+    assert hub.fetched == ["ACE-Step/Ace-Step1.5:vae/diffusion_pytorch_model.safetensors"]
+    assert f"{path} was not what the hub holds" in capsys.readouterr().out
+    assert path.read_bytes() == bytes(40)
 
 
 def test_being_offline_is_one_line(script, tmp_path, monkeypatch):
