@@ -13,6 +13,8 @@ from sidestep.adapters.layers import StructuredLokr
 from sidestep.adapters.loha import LohaConfig
 from sidestep.adapters.lokr import LokrConfig
 from sidestep.adapters.lora import LoraConfig
+from sidestep.errors import UserError
+from sidestep.training.loop import compile_blocks
 from tests.golden import golden_case, golden_transformer
 
 DECODER_SHAPES = [(2048, 2048), (2048, 1024), (2048, 6144), (6144, 2048)]  # inputs and outputs
@@ -219,3 +221,30 @@ def test_ten_steps_have_the_losses_of_peft_and_lycoris_with_masked_attention(con
     assert losses[0] - losses[-1] > 0.01
     assert losses == pytest.approx(ten_losses(config, plain=True), rel=1e-5)
     assert losses == ten_losses(config, gradient_checkpointing=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, while it traces
+@pytest.mark.parametrize("config", [LoraConfig(rank=4), LokrConfig(rank=3, factor=4)], ids=["lora", "lokr"])
+def test_a_block_is_traced_whole_and_keeps_its_gradients(config):
+    """With the backend that traces the backward pass too, and then runs PyTorch's own kernels."""
+
+    def gradients(compiled):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        transformer = golden_transformer()
+        parameters = list(config.attach(transformer).parameters())
+        WindowedAttention(transformer)
+        if compiled:
+            compile_blocks(transformer, torch.device("cpu"), backend="aot_eager")
+        loss = (transformer(**INPUTS, return_dict=False)[0] - TARGET).square().mean()
+        return torch.autograd.grad(loss, parameters)
+
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(gradients(compiled=True), gradients(compiled=False), rtol=0, atol=1e-8)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_compiling_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="compile=true needs a CUDA GPU, and this is cpu; leave it out"):
+        compile_blocks(golden_transformer(), torch.device("cpu"))
