@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from benchmarks import step
+from benchmarks import step, trainer
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
@@ -42,3 +42,14 @@ def test_the_variants_of_a_family_are_the_same_model():
     assert trained["floor"] == 0
     assert trained["LoRA"] == trained["LoRA, usual, checkpointed"] > 0
     assert trained["LoKr"] == trained["LoKr, usual, checkpointed"] > 0
+
+
+def test_the_trainer_is_compared_with_the_bare_loop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "SMALL", {})
+    monkeypatch.setattr(trainer, "ADAPTERS", ("lora",))
+    out = tmp_path / "trainer.json"
+    trainer.main(["--repeats=1", "--steps", "1", "3", "--seconds=2", "--device=cpu", f"--out={out}"])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["adapter"] == "lora"
+    assert row["ratios"] == [row["ratio"]]
+    assert f"| lora | {row['bare_seconds']:.3f} | {row['ratio']:.3f} |" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,9 @@ _VAE: dict[str, Any] = {
 }
 
 
-def make_toy_checkpoint(root: Path, variant: VariantConfig, *, seed: int = 0) -> None:
+def make_toy_checkpoint(
+    root: Path, variant: VariantConfig, *, seed: int = 0, sizes: Mapping[str, Any] | None = None
+) -> None:
     """Write a tiny random model of ``variant`` in ACE-Step's own layout.
 
     The VAE and the text encoder are made once and shared by later variants; what is already there is kept. Each
@@ -106,6 +109,7 @@ def make_toy_checkpoint(root: Path, variant: VariantConfig, *, seed: int = 0) ->
         root: where the folders go, the later ``checkpoint_dir``.
         variant: which model to imitate.
         seed: of the random weights.
+        sizes: what is to be other than in the toy, by its name in config.json; for benchmarks.
 
     Raises:
         UserError: if a model that is not a toy is in the way.
@@ -119,7 +123,7 @@ def make_toy_checkpoint(root: Path, variant: VariantConfig, *, seed: int = 0) ->
         return
     kind = variant.name.removeprefix("xl_")
     values = _SIZES | (_XL_SIZES if variant.is_xl else {})
-    values |= {"is_turbo": variant.is_turbo, "model_version": kind, "toy": True}
+    values |= {"is_turbo": variant.is_turbo, "model_version": kind, "toy": True, **(sizes or {})}
     with replacing_folder(folder) as partial:
         config_path = partial / "config.json"
         write_text(config_path, json.dumps(values, indent=2))
