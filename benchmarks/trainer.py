@@ -42,7 +42,8 @@ SMALL = {
 }  # fmt: skip
 FULL = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "head_dim": 128, "sliding_window": 128, "num_hidden_layers": 24, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "head_dim": 128, "sliding_window": 128, "num_hidden_layers": 24,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
 }  # fmt: skip
 ADAPTERS = ("lora", "lokr")
 CONDITION_TOKENS = 300
