@@ -14,7 +14,14 @@ import sidestep.config.naming  # noqa: F401
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters import AdapterConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
-from sidestep.config.settings import ExportConfig, GenerateConfig, InspectConfig, PreprocessConfig, TrainConfig
+from sidestep.config.settings import (
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    PreprocessConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
 
 CHOICES = {
@@ -133,6 +140,11 @@ def export_config(*overrides: str) -> ExportConfig:
 def inspect_config(*overrides: str) -> InspectConfig:
     """The config of ``python -m sidestep.inspect``."""
     return to_dataclass(compose_or_explain("inspect", [*overrides]), InspectConfig)
+
+
+def report_config(*overrides: str) -> ReportConfig:
+    """The config of ``python -m sidestep.report``."""
+    return to_dataclass(compose_or_explain("report", [*overrides]), ReportConfig)
 
 
 def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: str = "base") -> Path:

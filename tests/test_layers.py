@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sidestep"
 
 # from the ground up; a module may import from its own line and those above it
 LAYERS = [
-    ["", "errors", "files", "seeds", "devices", "config.schema", "config"],
+    ["", "errors", "times", "files", "processes", "seeds", "devices", "config.schema", "config.cluster", "config"],
     [
         "acestep.keymap",
         "acestep.quantization",
+        "acestep.kept",
         "acestep.variants",
         "training.flow",
         "training.optim",
@@ -31,8 +32,10 @@ LAYERS = [
     ["exporting.*", "exporting"],
     ["inspecting.*", "inspecting"],
     ["data.encode", "training.final", "training.*"],
+    ["reporting.*", "reporting", "sweep"],
+    ["slurm"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect"],
+    ["train", "preprocess", "generate", "export", "inspect", "report"],
 ]
 
 

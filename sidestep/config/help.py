@@ -22,6 +22,7 @@ ABOUT = {
     "export": "Write an adapter in another form: for another player, as a LoRA, or merged into the model.",
     "inspect": "Say what an adapter is and what it was trained on, and draw where it acts.",
     "generate": "Text to music, with any number of adapters at any strength.",
+    "report": "Say where the points of a sweep stand, at any time.",
 }
 IMPORTANT = {
     "train": [
@@ -59,6 +60,7 @@ IMPORTANT = {
         "measure_output",
     ],
     "inspect": ["adapter_dir", "plot", "checkpoint_dir"],
+    "report": ["sweep_dir", "format"],
     "generate": [
         "prompt",
         "lyrics",
@@ -95,6 +97,10 @@ EXAMPLES = {
         "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=comfyui",
         "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=lora max_error=0.05",
         "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=merged scale=0.8",
+    ),
+    "report": (
+        "python -m sidestep.report sweep_dir=outputs/sweep",
+        "python -m sidestep.report sweep_dir=outputs/sweep format=csv",
     ),
     "inspect": (
         "python -m sidestep.inspect adapter_dir=outputs/first/lokr-base/final",

@@ -12,6 +12,9 @@ from omegaconf import OmegaConf
 NAMED_BY_CHOICE = ("adapter", "model_variant")
 NOT_NAMED = (
     "hydra",
+    "cluster",
+    "local",
+    "sweep",
     "swept",
     "name",
     "checkpoint_dir",

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
+from sidestep.config.cluster import SlurmConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
@@ -159,6 +160,8 @@ class TrainConfig:
     """Folder that python -m sidestep.preprocess made."""
     swept: list[str] = field(default_factory=list)
     """Filled in by -m: settings it gives several values that would not name a run otherwise, like dataset_dir."""
+    cluster: SlurmConfig | None = None
+    """What is asked of a cluster for each run (cluster=slurm); null runs here."""
     toy: bool = False
     """Make a tiny random model and a few synthesised songs first (experiment=demo)."""
     seed: int = 0
@@ -237,6 +240,8 @@ class PreprocessConfig:
 
     model_variant: VariantConfig = MISSING
     """Which model the dataset is for."""
+    cluster: SlurmConfig | None = None
+    """What is asked of a cluster for each part (cluster=slurm); null runs here."""
 
     audio_dir: str = MISSING
     """Folder of songs, searched with its subfolders."""
@@ -246,6 +251,10 @@ class PreprocessConfig:
     """Folder that holds the ACE-Step checkpoints."""
     metadata_file: str | None = None
     """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
+    shard: int | None = None
+    """Which part of the songs to do, counted from 0; -m shard=range(0,8) does all of eight."""
+    num_shards: int | None = None
+    """Into how many parts the songs are divided; the last one done puts the dataset together."""
     custom_tag: str = ""
     """Trigger word put into every caption."""
     tag_position: TagPosition | None = None
@@ -266,6 +275,11 @@ class PreprocessConfig:
     """Of the text and condition encoders; auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "num_shards")
+        if (self.shard is None) != (self.num_shards is None):
+            raise UserError("shard and num_shards belong together: -m shard=range(0,8) num_shards=8")
+        if self.shard is not None and self.num_shards is not None and not 0 <= self.shard < self.num_shards:
+            raise UserError(f"shard={self.shard} must be from 0 to {self.num_shards - 1}, below num_shards")
         if self.genre_ratio is not None and not 0 <= self.genre_ratio <= 100:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
         if self.max_song_seconds is not None and self.max_song_seconds < 0.08:
@@ -432,6 +446,26 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         filled(self, "adapter_dir", "checkpoint_dir")
+
+
+class ReportFormat(StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+@root("report_schema")
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Where the points of a sweep stand."""
+
+    sweep_dir: str = MISSING
+    """Folder of the sweep: outputs/<name>."""
+    format: ReportFormat = MISSING
+    """table for the terminal, or csv or json with every setting."""
+
+    def __post_init__(self) -> None:
+        filled(self, "sweep_dir")
 
 
 def check_excerpt(key: str, seconds: float | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.kept import KeptWeights
 from sidestep.acestep.quantization import QuantizedLinear
 from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
 from sidestep.files import alone_in
+from sidestep.processes import Agreement, check_together, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
@@ -36,7 +39,7 @@ from sidestep.training.signals import Interrupted, StopSignals
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> float:
+def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: KeptWeights | None = None) -> float:
     """Train one adapter and return its smoothed loss, the number a sweep minimises.
 
     The same command again continues from the newest checkpoint in ``output_dir``, or returns the finished run's
@@ -46,6 +49,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
         config: every setting.
         output_dir: the run's folder.
         choices: the option chosen of each group.
+        kept: weights of the base model, for the points of a sweep that follow each other in one process.
 
     Raises:
         UserError: for anything the user can mend.
@@ -55,7 +59,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
         return run.finished_loss
     with alone_in(output_dir) if run.process == 0 else nullcontext():
         try:
-            return _train(run)
+            return _train(run, kept)
         except torch.OutOfMemoryError as error:
             run.fail(error)
             raise UserError(
@@ -77,14 +81,26 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
                 torch.cuda.reset_peak_memory_stats()
 
 
-def _train(run: Run) -> float:
+def _train(run: Run, kept: KeptWeights | None) -> float:
     config, memory = run.config, run.memory
     accelerator = make_accelerator(run.precision, run.device)
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
-    start = run.find_start()
+    with accelerator.main_process_first():  # it may set later checkpoints aside
+        start = run.find_start()
+    if accelerator.num_processes > 1:
+        check_together(
+            {
+                "the number of processes": accelerator.num_processes,
+                "the run's folder": str(run.output_dir.resolve()),
+                "the step to start from": start.step if start is not None else 0,
+                **run.record.settings,
+            }
+        )
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
-    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype, quantization=memory.base_quantization)
+    transformer = run.checkpoint.load_transformer(
+        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
+    )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
@@ -95,6 +111,7 @@ def _train(run: Run) -> float:
     attention = WindowedAttention(transformer)
     if config.compile:
         compile_blocks(transformer, device)
+    share_only_trained(transformer)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
     if start is not None:
         adapter.load_state_dict(start.adapter)
@@ -124,10 +141,17 @@ def _train(run: Run) -> float:
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
+    agreement = Agreement(accelerator.num_processes)
     model.train()
     run.begin(first_step)
     with StopSignals() as stop, closing(batches), steps:
         for step in range(first_step, run.num_steps):
+            if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):
+                steps.flush()
+                save(step)
+                agreement.close()
+                accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+                raise Interrupted(signal.Signals(number))
             lr = config.optim.lr * config.schedule.factor(step, run.num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -142,7 +166,8 @@ def _train(run: Run) -> float:
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
                 steps.saw_times(t)
-                if stop.received is not None:  # the unfinished step is done again when the run goes on
+                if stop.received is not None and accelerator.num_processes == 1:
+                    # the unfinished step is done again when the run goes on
                     steps.flush()
                     save(step)
                     raise Interrupted(stop.received)
@@ -162,6 +187,7 @@ def _train(run: Run) -> float:
                 )
             if saves:
                 save(step + 1)
+    agreement.close()
     attention.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off

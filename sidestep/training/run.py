@@ -31,6 +31,7 @@ from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
 from sidestep.files import hashes_of, replacing_folder
+from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
 from sidestep.training.signals import Interrupted
@@ -45,12 +46,12 @@ from sidestep.training.state import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from sidestep.training.tracking import RunRecord, now, read_record, versions
+from sidestep.training.tracking import RunRecord, read_record, versions
 
 log = logging.getLogger(__name__)
 
-PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "init_from", "resume_from")
-"""Settings that say where things lie on this machine; not written into adapters."""
+PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
+"""Settings that say where things lie and run; not written into adapters."""
 
 
 @dataclass

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
 from sidestep.files import naming, write_text
+from sidestep.times import duration
 
 log = logging.getLogger(__name__)
 
@@ -153,11 +154,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def now() -> str:
-    """The time in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 class Progress:
     """A live line on a terminal; plain log lines when output goes to a file or a pipe.
 
@@ -209,14 +205,6 @@ class Progress:
     def close(self) -> None:
         self._redirect.__exit__(None, None, None)
         self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """Write a time span as a person says it: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def peak_memory(device: torch.device) -> str:
