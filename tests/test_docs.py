@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.generate import quote_words
 from tests.factories import (
@@ -40,8 +41,12 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments):
     words = [
         word for word in quote_words(shlex.split(arguments)) if word not in ("-m", "...", "--help", "--cfg", "job")
     ]
-    if "-m" in arguments.split():
-        words = [word if "[" in word else word.partition(",")[0] for word in words]  # the first point of a sweep
+    parsed = OverridesParser.create().parse_overrides(words)
+    # the first point of a sweep
+    words = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else word
+        for o, word in zip(parsed, words, strict=True)
+    ]
     compose, required = {
         "train": (train_config, []),
         "preprocess": (preprocess_config, ["audio_dir=songs", "dataset_dir=data"]),

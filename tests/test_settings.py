@@ -230,5 +230,5 @@ def test_every_setting_is_explained(cls):
 
 
 def test_conf_has_no_unused_folder():
-    used = {*GROUPS, "experiment", "hydra", "local"}
+    used = {*GROUPS, "experiment", "sweep", "cluster", "hydra", "local"}
     assert {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} <= used

@@ -252,7 +252,7 @@ class PreprocessConfig:
     metadata_file: str | None = None
     """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
     shard: int | None = None
-    """Which part of the songs to do, counted from 0; -m shard=range(0,8) does all of eight."""
+    """Which part of the songs to do, counted from 0; -m 'shard=range(0,8)' does all of eight."""
     num_shards: int | None = None
     """Into how many parts the songs are divided; the last one done puts the dataset together."""
     custom_tag: str = ""
@@ -277,7 +277,7 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "num_shards")
         if (self.shard is None) != (self.num_shards is None):
-            raise UserError("shard and num_shards belong together: -m shard=range(0,8) num_shards=8")
+            raise UserError("shard and num_shards belong together: -m 'shard=range(0,8)' num_shards=8")
         if self.shard is not None and self.num_shards is not None and not 0 <= self.shard < self.num_shards:
             raise UserError(f"shard={self.shard} must be from 0 to {self.num_shards - 1}, below num_shards")
         if self.genre_ratio is not None and not 0 <= self.genre_ratio <= 100:
