@@ -38,6 +38,7 @@ from sidestep.reporting.runs import (
     queued_jobs,
     read_plan,
     read_point,
+    same_point,
 )
 from sidestep.sweep import slurm_job, update_tables
 from sidestep.times import now
@@ -246,16 +247,16 @@ def _without_cluster(settings: dict[str, Any]) -> dict[str, Any]:
 def _known_jobs(sweep_dir: Path, points: Sequence[Sequence[str]]) -> list[str]:
     """Number of the job of each point that an earlier command submitted and that is still in the queue."""
     plan, queued = read_plan(sweep_dir), queued_jobs() or {}
-    known = {tuple(point.overrides): point.job for point in plan.points} if plan is not None else {}
-    jobs = [known.get(tuple(overrides), "") for overrides in points]
+    known = {same_point(point.overrides): point.job for point in plan.points} if plan is not None else {}
+    jobs = [known.get(same_point(overrides), "") for overrides in points]
     return [name if name in queued else "" for name in jobs]
 
 
 def _write_plan(sweep_dir: Path, points: Sequence[Sequence[str]], jobs: Sequence[str]) -> None:
     before = read_plan(sweep_dir)
-    planned = {tuple(point.overrides): point for point in (before.points if before is not None else [])}
+    planned = {same_point(point.overrides): point for point in (before.points if before is not None else [])}
     for overrides, name in zip(points, jobs, strict=True):
-        planned[tuple(overrides)] = PlannedPoint(overrides=list(overrides), job=name)
+        planned[same_point(overrides)] = PlannedPoint(overrides=list(overrides), job=name)
     Plan(launched=before.launched if before is not None else now(), points=list(planned.values())).write(sweep_dir)
 
 

@@ -31,6 +31,7 @@ from sidestep.reporting.runs import (
     collect_points,
     read_plan,
     read_point,
+    same_point,
     write_tables,
 )
 from sidestep.times import now
@@ -57,8 +58,8 @@ class SweepPlan(Callback):
             typed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
             points = [overrides for batch in BasicSweeper.split_arguments(typed, None) for overrides in batch]
         before = read_plan(sweep_dir)
-        jobs = {tuple(point.overrides): point.job for point in before.points} if before is not None else {}
-        planned = [PlannedPoint(overrides=point, job=jobs.get(tuple(point), "")) for point in points]
+        jobs = {same_point(point.overrides): point.job for point in before.points} if before is not None else {}
+        planned = [PlannedPoint(overrides=point, job=jobs.get(same_point(point), "")) for point in points]
         Plan(launched=now(), points=planned).write(sweep_dir)
         _launched[:] = [sweep_dir]
 

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 PLAN, POINT, RUN = "plan.json", "point.json", "run.json"
 STATUSES = ("running", "submitted", "waiting", "interrupted", "failed", "finished")
 _NOT_SHOWN = ("swept", "name")
+_WHERE = ("cluster", "hydra", "local")
 _HOST = socket.gethostname()
 MANY = 40
 """Points that a terminal shows one by one."""
@@ -119,16 +121,16 @@ def collect_points(sweep_dir: Path) -> list[Point]:
             f"python -m sidestep.train -m name=<name> ..."
         )
     queued = queued_jobs()
-    jobs = {_same(planned.overrides): planned.job for planned in plan.points} if plan is not None else {}
+    jobs = {same_point(planned.overrides): planned.job for planned in plan.points} if plan is not None else {}
     points, begun = [], set()
     for folder in folders:
         attempt = read_point(folder)
         if attempt is not None:
-            begun.add(_same(attempt.overrides))
-        job = jobs.get(_same(attempt.overrides), "") if attempt is not None else ""
+            begun.add(same_point(attempt.overrides))
+        job = jobs.get(same_point(attempt.overrides), "") if attempt is not None else ""
         points.append(_point(folder, attempt, job, queued))
     for planned in plan.points if plan is not None else []:
-        if _same(planned.overrides) not in begun:
+        if same_point(planned.overrides) not in begun:
             status = "waiting"
             if planned.job:
                 status = "submitted" if queued is None or planned.job in queued else "interrupted"
@@ -213,11 +215,12 @@ def _is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool:
 
 def _settings(overrides: Sequence[str]) -> dict[str, str]:
     pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
-    return {key: value for key, value in pairs if key not in _NOT_SHOWN and not key.startswith("hydra")}
+    return {key: value for key, value in pairs if key not in _NOT_SHOWN and re.split("[./@]", key)[0] not in _WHERE}
 
 
-def _same(overrides: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(overrides))
+def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
+    """What makes a point the same in two commands: what was typed for it, but not in which order or where it runs."""
+    return tuple(sorted(o for o in overrides if re.split("[./=@]", o.lstrip("+~"))[0] not in _WHERE))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
