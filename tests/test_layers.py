@@ -24,6 +24,7 @@ LAYERS = [
         "training",
     ],
     ["adapters"],
+    ["config.evaluation"],
     ["config.settings"],
     ["config.naming", "config.gate", "config.help"],
     ["acestep.*", "data.manifest", "data.audio", "data.songs", "data.sampler", "data.dataset", "data.loader", "data"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import typing
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,8 @@ IMPORTANT = {
         "max_seconds",
         "seed",
         "save_every_epochs",
+        "validation.fraction",
+        "previews.every_epochs",
     ],
     "preprocess": [
         "audio_dir",
@@ -167,6 +170,8 @@ def _owner(key: str, root: type[Any], chosen: dict[str, str]) -> type[Any]:
     group, _, _ = key.rpartition(".")
     if not group:
         return root
+    if group not in chosen:
+        return cast(type[Any], typing.get_type_hints(root)[group])
     schema = ConfigStore.instance().load(f"schema/{group}/{chosen[group]}.yaml").node
     return cast(type[Any], OmegaConf.get_type(schema))
 

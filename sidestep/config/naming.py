@@ -34,6 +34,9 @@ NOT_NAMED = (
     "resume_from",
     "shift",
     "num_inference_steps",
+    "validation",
+    "previews",
+    "tracking",
 )
 """Settings that do not make another run: where things lie, how much is logged, how long to go on."""
 MAX_LENGTH = 64

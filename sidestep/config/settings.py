@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
 from sidestep.config.cluster import SlurmConfig
+from sidestep.config.evaluation import PreviewConfig, ValidationConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
@@ -204,6 +205,10 @@ class TrainConfig:
     """Inference shift written beside the adapter; the variant's own by default."""
     num_inference_steps: int = MISSING
     """Sampling steps written beside the adapter; the variant's own by default."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Songs that are held out of training, and how they are evaluated."""
+    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    """Music rendered while the run trains."""
 
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:

@@ -5,6 +5,7 @@ Shapes: B batch, T latent frames, C latent channels (64), L condition tokens, D 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,20 @@ class SongDataset(Dataset[Example]):
         names = [f"{song.latents} {song.conditions} {song.prompt}\n" for song in self.songs]
         return hashlib.sha256("".join(names).encode()).hexdigest()[:16]
 
+    def only(self, songs: list[int]) -> SongDataset:
+        """The same dataset with none but these songs, given by their numbers."""
+        part = copy.copy(self)
+        part.songs = [self.songs[number] for number in songs]
+        part.order = SongOrder(len(part.songs), self.seed)
+        return part
+
     def __getitem__(self, position: int) -> Example:
         index = self.order[position]
-        song = self.songs[index]
-        latents, condition = self._tensors(song, *excerpt_at(song.num_frames, self.max_seconds, self.seed, position))
+        return self.excerpt(index, *excerpt_at(self.songs[index].num_frames, self.max_seconds, self.seed, position))
+
+    def excerpt(self, index: int, start: int, length: int) -> Example:
+        """Read ``length`` frames of one song from frame ``start`` on."""
+        latents, condition = self._tensors(self.songs[index], start, length)
         return Example(index, latents.float(), condition)
 
     def _tensors(self, song: SongRecord, start: int, length: int) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,13 @@ from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
 from sidestep.training.run import Run, open_run
 from sidestep.training.signals import Interrupted, StopSignals
+from sidestep.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: KeptWeights | None = None) -> float:
-    """Train one adapter and return its smoothed loss, the number a sweep minimises.
+    """Train one adapter and return the number a sweep minimises: its best validation loss, or its smoothed loss.
 
     The same command again continues from the newest checkpoint in ``output_dir``, or returns the finished run's
     result.
@@ -102,13 +103,16 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
+    attention = WindowedAttention(transformer)
+    validation = None
+    if run.held_out is not None:
+        validation = Validation(run, accelerator, transformer, attention)
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
     if initial is not None:
         adapter.start_from(initial)
     describe_adapter(adapter, transformer)
     parameters = list(adapter.parameters())
-    attention = WindowedAttention(transformer)
     if config.compile:
         compile_blocks(transformer, device)
     share_only_trained(transformer)
@@ -119,6 +123,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(start.scaler)
     first_step = start.step if start is not None else 0
+    if validation is not None:
+        validation.restore(start.validation if start is not None else {}, first_step)
 
     forward = Forward(
         model,
@@ -136,7 +142,18 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
 
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step:
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, accelerator.scaler)
+            best = validation.state() if validation is not None else {}
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, accelerator.scaler, best)
+
+    def look(step: int) -> None:
+        """Evaluate the held-out songs."""
+        assert validation is not None
+        steps.record_scalars(validation.evaluate(transformer, step).scalars(), step)
+        if accelerator.is_main_process:
+            if validation.best_step == step:
+                run.save_best(step, adapter)
+            run.record.validation = validation.summary()
+            run.record.write()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
@@ -144,8 +161,11 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     agreement = Agreement(accelerator.num_processes)
     model.train()
     run.begin(first_step)
+    done = first_step
     with StopSignals() as stop, closing(batches), steps:
         for step in range(first_step, run.num_steps):
+            if validation is not None and validation.gave_up:
+                break
             if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):
                 steps.flush()
                 save(step)
@@ -185,16 +205,25 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     f"finite, and changed nothing; {explain_bad_step(step, forward, run, adapter, accelerator)}; "
                     f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."
                 )
-            if saves:
-                save(step + 1)
+            done = step + 1
+            if validation is not None and run.is_due(done, config.validation.every_epochs):
+                steps.flush()
+                look(done)
+            if saves or (validation is not None and validation.gave_up):
+                save(done)
+        if validation is not None and validation.last is None:  # everything was done before
+            look(done)
     agreement.close()
     attention.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     if accelerator.is_main_process:
         with accelerator.autocast():
-            run.finish(adapter, transformer, steps.smoothed_loss)
-    return steps.smoothed_loss
+            run.finish(adapter, transformer, done, steps.smoothed_loss)
+        if validation is not None:
+            validation.conclude(transformer)
+        run.announce()
+    return steps.smoothed_loss if validation is None else validation.best_loss
 
 
 def make_accelerator(precision: str, device: torch.device) -> Accelerator:

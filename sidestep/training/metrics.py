@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Self
 
@@ -60,6 +61,11 @@ class StepLog:
         self._pending.append((step, loss, grad_norm, lr))
         if self.is_main:
             self._progress.advance()
+
+    def record_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Show numbers about a step in TensorBoard."""
+        if self.is_main:
+            self._tracker.record_scalars(values, step)
 
     def flush(self) -> None:
         """Fetch what is pending from the device and write it; afterwards ``num_bad`` is up to date."""

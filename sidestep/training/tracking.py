@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -54,8 +55,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path, self.log_dir = output_dir / "metrics.jsonl", log_dir
-        kept = [line for line in _lines(self.path) if _step_of(line) <= first_step]
-        write_text(self.path, "".join(kept))
+        drop_later_lines(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(log_dir), purge_step=first_step + 1)
 
@@ -67,6 +67,11 @@ class Tracker:
         for name in ("loss", "lr", "grad_norm"):
             self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
         self._board.add_scalar("train/seconds_per_step", metrics.seconds, metrics.step)
+
+    def record_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write numbers to TensorBoard alone."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
     def record_timesteps(self, timesteps: torch.Tensor, step: int) -> None:
         """Write the histogram of times drawn since the last call."""
@@ -102,6 +107,10 @@ class RunRecord:
     """The checkpoint of its own that resume_from took this run back to."""
     final: dict[str, str] = field(default_factory=dict)
     """Hash of each file in final/."""
+    stopped_early: bool = False
+    """Whether validation.patience ended the run before num_steps."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """hash, loss, base_loss, best_loss, best_step, scales; empty without held-out songs."""
     started: str = ""
     finished: str = ""
     choices: dict[str, str] = field(default_factory=dict)
@@ -214,6 +223,11 @@ def peak_memory(device: torch.device) -> str:
     import psutil
 
     return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Drop the lines about later steps from a file of JSON lines, since a run that goes on does those steps again."""
+    write_text(path, "".join(line for line in _lines(path) if _step_of(line) <= step))
 
 
 def _lines(path: Path) -> list[str]:
