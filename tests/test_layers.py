@@ -20,6 +20,7 @@ LAYERS = [
         "training.flow",
         "training.optim",
         "training.schedules",
+        "training.trackers",
         "acestep",
         "training",
     ],

@@ -35,10 +35,8 @@ IMPORTANT = {
         "adapter.rank",
         "adapter.target_modules",
         "max_seconds",
-        "seed",
         "save_every_epochs",
         "validation.fraction",
-        "previews.every_epochs",
     ],
     "preprocess": [
         "audio_dir",

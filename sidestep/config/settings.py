@@ -23,6 +23,7 @@ from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
 from sidestep.training.optim import OptimConfig
 from sidestep.training.schedules import ScheduleConfig
+from sidestep.training.trackers import TrackingConfig
 
 
 class Precision(StrEnum):
@@ -152,6 +153,8 @@ class TrainConfig:
     """What is minimised."""
     vram_profile: VramConfig = MISSING
     """What is given up to fit in memory."""
+    tracking: TrackingConfig = MISSING
+    """Which service receives the numbers besides TensorBoard."""
 
     name: str = MISSING
     """Folder of this run or sweep: outputs/<name>/<run>."""

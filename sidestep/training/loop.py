@@ -148,7 +148,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
         assert validation is not None
-        steps.record_scalars(validation.evaluate(transformer, step).scalars(), step)
+        scalars = validation.evaluate(transformer, step).scalars()
+        steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
                 run.save_best(step, adapter)
@@ -185,7 +186,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     micro_loss = losses.mean() / memory.gradient_accumulation_steps
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
-                steps.saw_times(t)
+                steps.saw(batch, t)
                 if stop.received is not None and accelerator.num_processes == 1:
                     # the unfinished step is done again when the run goes on
                     steps.flush()

@@ -362,6 +362,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     Raises:
         UserError: for anything that would make the run fail later.
     """
+    config.tracking.check()
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     memory = config.vram_profile.resolve(read_profiles(), memory_gib(device))
@@ -389,6 +390,8 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
             "held_out": [dataset.songs[number].audio for number in held_out],
         },
         versions=versions(),
+        memory_gib=float(previous.get("memory_gib", 0.0)),
+        train_seconds=float(previous.get("train_seconds", 0.0)),
         went_back_to=str(previous.get("went_back_to", "")),
     )
     run = Run(
