@@ -33,6 +33,7 @@ from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
 from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
+from sidestep.training.previews import Previews, out_of_the_way
 from sidestep.training.run import Run, open_run
 from sidestep.training.signals import Interrupted, StopSignals
 from sidestep.training.validation import Validation
@@ -99,6 +100,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         )
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
+    previews = Previews(run) if config.previews.every_epochs is not None else None
+    if previews is not None and accelerator.is_main_process:
+        previews.render_base()
     transformer = run.checkpoint.load_transformer(
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
@@ -156,6 +160,14 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             run.record.validation = validation.summary()
             run.record.write()
 
+    def listen(step: int) -> None:
+        """Render previews on one process while the others wait."""
+        assert previews is not None
+        if accelerator.is_main_process:
+            with out_of_the_way(model, optimizer, device):
+                previews.render(adapter, step, steps)
+        accelerator.wait_for_everyone()
+
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
@@ -212,6 +224,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 look(done)
             if saves or (validation is not None and validation.gave_up):
                 save(done)
+            if config.previews.every_epochs is not None and run.is_due(done, config.previews.every_epochs):
+                listen(done)
         if validation is not None and validation.last is None:  # everything was done before
             look(done)
     agreement.close()
