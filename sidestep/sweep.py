@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from sidestep.errors import PointFailed, UserError
 from sidestep.processes import rank
+from sidestep.reporting.page import write_page
 from sidestep.reporting.runs import (
     Plan,
     PlannedPoint,
@@ -151,6 +152,7 @@ def end_sweep() -> int:
     if {point.status for point in points} == {"waiting"}:
         return 0  # refused before anything began; why, is said elsewhere
     write_tables(sweep_dir, points)
+    log.info("the page about it is %s", write_page(sweep_dir, inline_mb=8))
     print(as_table(points, sweep_dir))
     failed = 0
     for point in points:

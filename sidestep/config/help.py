@@ -61,7 +61,7 @@ IMPORTANT = {
         "measure_output",
     ],
     "inspect": ["adapter_dir", "plot", "checkpoint_dir"],
-    "report": ["sweep_dir", "format"],
+    "report": ["sweep_dir", "format", "inline_mb"],
     "generate": [
         "prompt",
         "lyrics",
@@ -101,6 +101,7 @@ EXAMPLES = {
     ),
     "report": (
         "python -m sidestep.report sweep_dir=outputs/sweep",
+        "python -m sidestep.report sweep_dir=outputs/sweep format=html",
         "python -m sidestep.report sweep_dir=outputs/sweep format=csv",
     ),
     "inspect": (

@@ -458,6 +458,7 @@ class InspectConfig:
 
 class ReportFormat(StrEnum):
     table = "table"
+    html = "html"
     csv = "csv"
     json = "json"
 
@@ -468,12 +469,16 @@ class ReportConfig:
     """Where the points of a sweep stand."""
 
     sweep_dir: str = MISSING
-    """Folder of the sweep: outputs/<name>."""
+    """Folder of the sweep, outputs/<name>; for format=html also that of one run."""
     format: ReportFormat = MISSING
-    """table for the terminal, or csv or json with every setting."""
+    """table for the terminal, html for a page to look at and listen to, or csv or json with every setting."""
+    inline_mb: float = MISSING
+    """With format=html: up to this much music becomes part of the page; more is linked to."""
 
     def __post_init__(self) -> None:
         filled(self, "sweep_dir")
+        if not self.inline_mb >= 0:
+            raise UserError(f"inline_mb={self.inline_mb:g} must not be negative")
 
 
 def check_excerpt(key: str, seconds: float | None) -> None:

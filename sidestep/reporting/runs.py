@@ -144,7 +144,7 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     point = Point(
         name=folder.name,
         status=str(record.get("status") or "interrupted"),
-        objective=record.get("smoothed_loss") if trained else None,
+        objective=_objective(record) if trained else None,
         step=record.get("step", 0),
         num_steps=record.get("num_steps", 0),
         error="" if trained else str(record.get("error", "")),
@@ -165,6 +165,12 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     if point.status != "running" and job and job != attempt.job and queued is not None and job in queued:
         point.status, point.where = "submitted", job
     return point
+
+
+def _objective(record: dict[str, Any]) -> float | None:
+    """What a finished run returns: its best validation loss, or its smoothed loss where no song is held out."""
+    best: float | None = (record.get("validation") or {}).get("best_loss")
+    return record.get("smoothed_loss") if best is None else best
 
 
 def read_plan(sweep_dir: Path) -> Plan | None:
@@ -267,8 +273,14 @@ def as_json(points: Sequence[Point]) -> str:
 
 def _columns(points: Sequence[Point]) -> tuple[list[str], list[list[Any]]]:
     columns = ["point", "status", "objective", "step", "num_steps", "seconds", "where", "error"]
+    measured = ["best_loss", "best_step", "base_loss", "train_loss", "hash"]
+    columns += [*(f"validation_{key}" for key in measured), "memory_gib"]
     return columns, [
-        [p.name, p.status, _finite(p.objective), p.step, p.num_steps, round(p.seconds, 1), p.where, p.error]
+        [
+            *(p.name, p.status, _finite(p.objective), p.step, p.num_steps, round(p.seconds, 1), p.where, p.error),
+            *((p.record.get("validation") or {}).get(key) for key in measured),
+            round(p.record.get("memory_gib", 0.0), 2),
+        ]
         for p in points
     ]
 
