@@ -20,7 +20,6 @@ from sidestep.config.evaluation import ValidationConfig
 from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import content_id, hold_out
 from sidestep.data.manifest import SongRecord
-from sidestep.data.sampler import excerpt_at
 from sidestep.errors import UserError
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import noisy_latents_and_velocity
@@ -127,7 +126,8 @@ def test_the_loss_is_what_the_saved_adapter_gives_by_hand(run, checkpoint_dir, d
         sums = [0.0, 0.0, 0.0]
         for number in (1, 2):
             name = content_id(dataset.songs[number])
-            start, length = excerpt_at(dataset.songs[number].num_frames, 30, derive_seed(0, f"validation {name}"), 0)
+            length = dataset.songs[number].num_frames // 2 * 2  # the songs are shorter than an excerpt may be
+            start = derive_seed(0, f"validation excerpt {name}") % (dataset.songs[number].num_frames - length + 1)
             example = dataset.excerpt(number, start, length)
             context = context_latents(silence, length)[None]
             for k, time in enumerate((1 / 6, 1 / 2, 5 / 6)):

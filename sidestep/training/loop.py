@@ -108,9 +108,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     attention = WindowedAttention(transformer)
-    validation = None
-    if run.held_out is not None:
-        validation = Validation(run, accelerator, transformer, attention)
+    validation = Validation(run, accelerator, transformer, attention) if run.held_out else None
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
     if initial is not None:

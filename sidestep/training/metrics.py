@@ -53,7 +53,7 @@ class StepLog:
                 run.log_dir,
                 first_step,
                 settings=settings,
-                metric="train/smoothed_loss" if run.held_out is None else "validation/best_loss",
+                metric="validation/best_loss" if run.held_out else "train/smoothed_loss",
                 service=run.config.tracking.open(run.output_dir, settings),
             )
             self._progress = Progress(first_step, run.num_steps)

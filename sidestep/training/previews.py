@@ -62,7 +62,7 @@ class Previews:
     def _prompts(self) -> list[str]:
         if self.settings.prompts:
             return self.settings.prompts
-        songs = [*(self.run.held_out.songs if self.run.held_out is not None else []), *self.run.dataset.songs]
+        songs = [self.run.all_songs.songs[number] for number in [*self.run.held_out, *self.run.trained]]
         captions = list(dict.fromkeys(song.caption for song in songs if song.caption.strip()))[:2]
         if not captions:
             raise UserError("the songs have no captions to render previews of; type previews.prompts=['warm jazz']")

@@ -73,8 +73,11 @@ class Run:
     """The checkpoint's learned empty condition, (1, D)."""
     dataset: SongDataset
     """The songs to train on."""
-    held_out: SongDataset | None
-    """Those that are only evaluated, if there are any."""
+    all_songs: SongDataset
+    trained: list[int]
+    """Numbers, within ``all_songs``, of those to train on."""
+    held_out: list[int]
+    """Numbers of those that are only evaluated."""
     process: int
     num_processes: int
     record: RunRecord
@@ -405,7 +408,9 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         silence=silence,
         null_condition=checkpoint.null_condition(),
         dataset=dataset.only(trained),
-        held_out=dataset.only(held_out) if held_out else None,
+        all_songs=dataset,
+        trained=trained,
+        held_out=held_out,
         process=int(os.environ.get("RANK", "0")),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         record=record,
@@ -467,7 +472,7 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     limit = "validation.patience" if gave_up else limit
     log.info("%s is finished at step %d; raise %s to train on", run.output_dir, previous["step"], limit)
     run.announce()
-    if run.held_out is not None:
+    if run.held_out:
         return float(previous["validation"]["best_loss"])
     return float(previous["smoothed_loss"])
 

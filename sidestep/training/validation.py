@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.conditioning import context_latents
 from sidestep.adapters.files import attach_saved
-from sidestep.data.dataset import SongDataset
+from sidestep.data.dataset import Example
 from sidestep.data.holdout import content_id, place_of
-from sidestep.data.sampler import excerpt_at
+from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import Noising, VelocityLoss
 from sidestep.training.forward import predict_velocity
@@ -95,15 +95,13 @@ class Validation:
     def __init__(
         self, run: Run, accelerator: Accelerator, transformer: nn.Module, attention: WindowedAttention
     ) -> None:
-        assert run.held_out is not None
         self.run, self.accelerator, self.attention = run, accelerator, attention
         self.device = torch.device(accelerator.device.type) if run.device.type == "cpu" else accelerator.device
         settings = run.config.validation
         self.times = [(k + 0.5) / settings.num_times for k in range(settings.num_times)]
         self.held_out = run.held_out
-        num_train = min(len(self.held_out.songs), len(run.dataset.songs))
-        by_place = sorted(range(len(run.dataset.songs)), key=lambda number: place_of(run.dataset.songs[number]))
-        self.trained = run.dataset.only(sorted(by_place[:num_train]))
+        by_place = sorted(run.trained, key=lambda number: place_of(run.all_songs.songs[number]))
+        self.trained = sorted(by_place[: len(self.held_out)])
         self.hash = self._hash()
         self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
         self.last: Evaluation | None = None
@@ -115,7 +113,8 @@ class Validation:
     def _hash(self) -> str:
         """Sixteen hex digits of everything that decides the numbers besides the adapter."""
         settings = self.run.config.validation
-        songs = sorted(f"{song.latents} {song.conditions} {song.prompt}" for song in self.held_out.songs)
+        held_out = [self.run.all_songs.songs[number] for number in self.held_out]
+        songs = sorted(f"{song.latents} {song.conditions} {song.prompt}" for song in held_out)
         what = ["1", self.run.record.model["fingerprint"], f"{settings.seconds:g}", str(settings.num_times), *songs]
         return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
 
@@ -208,30 +207,36 @@ class Validation:
         self.run.record.write()
 
     @torch.no_grad()
-    def _losses(self, transformer: nn.Module, songs: SongDataset, *, shared: bool = True) -> Tensor:
+    def _losses(self, transformer: nn.Module, songs: Sequence[int], *, shared: bool = True) -> Tensor:
         """Loss of each song at each time, (N, K) float64; if shared, every process evaluates some of the songs."""
         process, num_processes = (self.accelerator.process_index, self.accelerator.num_processes) if shared else (0, 1)
-        losses = torch.zeros(len(songs.songs), len(self.times), dtype=torch.float64)
+        losses = torch.zeros(len(songs), len(self.times), dtype=torch.float64)
         was_training = transformer.training
         transformer.eval()
         with self.accelerator.autocast():
-            for number in range(process, len(losses), num_processes):
-                losses[number] = self._song_losses(transformer, songs, number)
+            for row in range(process, len(songs), num_processes):
+                losses[row] = self._song_losses(transformer, songs[row])
         transformer.train(was_training)
         if num_processes > 1:
             losses = self.accelerator.reduce(losses.to(self.device), "sum").cpu()
         return losses
 
-    def _song_losses(self, transformer: nn.Module, songs: SongDataset, number: int) -> Tensor:
-        """Loss of one song at each time, (K,). A batch is one excerpt at several times, so nothing is padded."""
-        song = songs.songs[number]
+    def _excerpt(self, number: int) -> tuple[str, Example]:
+        """What tells a song from others, and the part of it that is evaluated."""
+        song = self.run.all_songs.songs[number]
         name = content_id(song)
-        seconds = self.run.config.validation.seconds
-        start, length = excerpt_at(song.num_frames, seconds, derive_seed(0, f"validation {name}"), 0)
-        example = songs.excerpt(number, start, length)
+        longest = PATCH_FRAMES * int(self.run.config.validation.seconds * FRAMES_PER_SECOND / PATCH_FRAMES)
+        length = min(longest, song.num_frames - song.num_frames % PATCH_FRAMES)
+        start = derive_seed(0, f"validation excerpt {name}") % (song.num_frames - length + 1)
+        return name, self.run.all_songs.excerpt(number, start, length)
+
+    def _song_losses(self, transformer: nn.Module, number: int) -> Tensor:
+        """Loss of one song at each time, (K,). A batch is one excerpt at several times, so nothing is padded."""
+        name, example = self._excerpt(number)
         times = torch.tensor(self.times)
         noise = torch.stack([_noise(name, k, example.latents.shape) for k in range(len(times))])  # (K, T, C)
-        predict = predict_velocity(transformer, context_latents(self.run.silence.to(self.device), length))
+        context = context_latents(self.run.silence.to(self.device), len(example.latents))
+        predict = predict_velocity(transformer, context)
         self.attention.set_padding(None, None)
         losses = []
         for rows in torch.arange(len(times)).split(self.run.memory.batch_size):
@@ -254,13 +259,10 @@ class Validation:
     @torch.no_grad()
     def _neutral_output(self, transformer: nn.Module) -> Tensor:
         """Velocity (1, T, C) for the first held-out song halfway to noise, told nothing about it."""
-        song = self.held_out.songs[0]
-        name = content_id(song)
-        seconds = self.run.config.validation.seconds
-        start, length = excerpt_at(song.num_frames, seconds, derive_seed(0, f"validation {name}"), 0)
-        latents = self.held_out.excerpt(0, start, length).latents
+        name, example = self._excerpt(self.held_out[0])
+        latents = example.latents
         noisy_latents = ((latents + _noise(name, 0, latents.shape)) / 2)[None].to(self.device)
-        predict = predict_velocity(transformer, context_latents(self.run.silence.to(self.device), length))
+        predict = predict_velocity(transformer, context_latents(self.run.silence.to(self.device), len(latents)))
         self.attention.set_padding(None, None)
         was_training = transformer.training
         transformer.eval()

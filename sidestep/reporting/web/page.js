@@ -83,7 +83,7 @@
     const row = make("tr");
     row.append(make("th", "show", { scope: "col" }));
     for (const column of columns) {
-      const cell = make("th", null, { scope: "col", "aria-sort": order.column !== column.name ? "none" : order.down ? "descending" : "ascending" });
+      const cell = make("th", null, { scope: "col", class: column.number ? "number" : "text", "aria-sort": order.column !== column.name ? "none" : order.down ? "descending" : "ascending" });
       const button = make("button", column.name, { type: "button" });
       button.addEventListener("click", () => {
         order.down = order.column === column.name && !order.down;
@@ -274,7 +274,7 @@
         if (preview.scale === 0) {
           if (bases.has(preview.hash)) continue;
           bases.add(preview.hash);
-        } else if (preview.epoch !== (epoch === "last" ? last : Number(epoch))) continue;
+        } else if (epoch !== "all" && preview.epoch !== (epoch === "last" ? last : Number(epoch))) continue;
         list.push({ run, preview });
       }
     }
@@ -284,8 +284,8 @@
   function drawPlayers() {
     const epochs = [...new Set(picked().flatMap((run) => run.previews.filter((p) => p.scale !== 0).map((p) => p.epoch)))].sort((a, b) => a - b);
     const before = at("epoch").value || "last";
-    at("epoch").replaceChildren(make("option", "last", { value: "last" }), ...epochs.map((e) => make("option", e, { value: e })));
-    at("epoch").value = epochs.map(String).includes(before) ? before : "last";
+    at("epoch").replaceChildren(...["last", "all", ...epochs].map((e) => make("option", e, { value: e })));
+    at("epoch").value = ["all", ...epochs.map(String)].includes(before) ? before : "last";
     const list = candidates(at("piece").value, at("epoch").value);
     at("players").replaceChildren(
       ...list.map((candidate) => {
