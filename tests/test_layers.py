@@ -34,10 +34,11 @@ LAYERS = [
     ["exporting.*", "exporting"],
     ["inspecting.*", "inspecting"],
     ["data.encode", "training.final", "training.*"],
+    ["checking.*", "checking"],
     ["reporting.*", "reporting", "sweep"],
     ["slurm"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect", "report"],
+    ["train", "preprocess", "generate", "export", "inspect", "report", "doctor"],
 ]
 
 
