@@ -157,14 +157,17 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 run.save_best(step, adapter)
             run.record.validation = validation.summary()
             run.record.write()
+        steps.start_clock()
 
     def listen(step: int) -> None:
         """Render previews on one process while the others wait."""
         assert previews is not None
+        steps.flush()
         if accelerator.is_main_process:
             with out_of_the_way(model, optimizer, device):
                 previews.render(adapter, step, steps)
         accelerator.wait_for_everyone()
+        steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)

@@ -75,6 +75,10 @@ class StepLog:
         if self.is_main:
             self._progress.advance()
 
+    def start_clock(self) -> None:
+        """Leave out of the time of steps what was done since the last flush."""
+        self._last_flush = time.monotonic()
+
     def record_audio(self, name: str, audio: Tensor, rate: int, picture: Tensor, step: int) -> None:
         """Show music (1, S) and its spectrogram (3, height, width) in TensorBoard."""
         if self.is_main:

@@ -180,14 +180,14 @@ class Validation:
         if self.accelerator.is_main_process:
             drop_later_lines(self.run.output_dir / FILE, step - 1)  # a run that is finished again looks again
             _append(self.run.output_dir / FILE, asdict(self.last))
+        error = f" +- {self.last.difference_error:.4f} over {num_songs} songs" if num_songs > 1 else ""
         log.info(
-            "step %d: held-out loss %.4f, base model %.4f, difference %+.4f +- %.4f on %d songs; training songs %.4f%s",
+            "step %d: held-out loss %.4f, base model %.4f, difference %+.4f%s; training songs %.4f%s",
             step,
             self.last.loss,
             self.last.base_loss,
             self.last.difference,
-            self.last.difference_error,
-            num_songs,
+            error,
             self.last.train_loss,
             "; the best so far" if self.best_step == step else "",
         )
