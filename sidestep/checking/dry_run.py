@@ -62,7 +62,7 @@ def _measure(run: Run) -> Need:
     config, memory = run.config, run.memory
     accelerator = make_accelerator(run.precision, run.device)
     device = run.device
-    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype)
+    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype, quantization=memory.base_quantization)
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     weights = _gib(transformer.parameters())
     adapter = config.adapter.attach(transformer)
