@@ -244,3 +244,25 @@ def test_without_held_out_songs_nothing_is_evaluated(tmp_path, places):
     run_training(tmp_path / "run", *places, "max_epochs=null", "max_steps=1")
     assert not (tmp_path / "run/validation.jsonl").exists()
     assert not (tmp_path / "run/best").exists()
+
+
+def test_the_mean_of_the_weights_is_kept_evaluated_and_saved_without_touching_training(run, tmp_path, places):
+    """Over a stop in the middle, against the mean of the checkpoints' weights taken by hand."""
+    settings = (
+        *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=3", "save_every_epochs=1",
+        "vram_profile.batch_size=2", "ema_decay=0.2",
+    )  # fmt: skip
+    run_training(tmp_path / "run", *settings, "max_epochs=2")
+    run_training(tmp_path / "run", *settings, "max_epochs=3")
+    torch.testing.assert_close(weights(tmp_path / "run/final"), weights(run / "final"), rtol=0, atol=0)
+
+    states = [torch.load(run / f"checkpoints/epoch_{n}/training_state.pt", weights_only=True) for n in (1, 2, 3)]
+    kept = torch.load(tmp_path / "run/checkpoints/epoch_3/training_state.pt", weights_only=True)["ema"]
+    key = next(key for key in kept if key.endswith("lora_B.weight"))
+    first, second, third = (state["adapter"][key] for state in states)
+    before = torch.load(tmp_path / "run/checkpoints/epoch_1/training_state.pt", weights_only=True)["ema"][key]
+    assert not torch.equal(before, first)
+    expected = 0.2 * (0.2 * before + 0.8 * second) + 0.8 * third
+    torch.testing.assert_close(kept[key], expected)
+    assert not torch.equal(weights(tmp_path / "run/final_ema")[f"base_model.model.{key}"], third)
+    assert read_evaluations(tmp_path / "run")[-1]["ema_loss"] != read_evaluations(tmp_path / "run")[-1]["loss"]

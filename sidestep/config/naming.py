@@ -34,6 +34,7 @@ NOT_NAMED = (
     "resume_from",
     "shift",
     "num_inference_steps",
+    "ema_decay",
     "validation",
     "previews",
     "tracking",

@@ -208,6 +208,8 @@ class TrainConfig:
     """Inference shift written beside the adapter; the variant's own by default."""
     num_inference_steps: int = MISSING
     """Sampling steps written beside the adapter; the variant's own by default."""
+    ema_decay: float | None = None
+    """Keep a running mean of the adapter's weights, as with 0.999; evaluated too, and saved in final_ema/."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Songs that are held out of training, and how they are evaluated."""
     previews: PreviewConfig = field(default_factory=PreviewConfig)
@@ -224,6 +226,8 @@ class TrainConfig:
         check_excerpt("max_seconds", self.max_seconds)
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout={self.condition_dropout} must be at least 0 and below 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay:g} must be above 0 and below 1, for example ema_decay=0.999")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         if self.device is Device.cpu and self.precision is Precision.fp16:

@@ -31,6 +31,7 @@ from sidestep.processes import Agreement, check_together, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
+from sidestep.training.ema import WeightMean
 from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
 from sidestep.training.previews import Previews, out_of_the_way
@@ -125,6 +126,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(start.scaler)
     first_step = start.step if start is not None else 0
+    mean = None
+    if config.ema_decay is not None:
+        mean = WeightMean(adapter, config.ema_decay, start.ema if start is not None else {})
     if validation is not None:
         validation.restore(start.validation if start is not None else {}, first_step)
 
@@ -145,16 +149,18 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step:
             best = validation.state() if validation is not None else {}
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, accelerator.scaler, best)
+            kept = mean.state() if mean is not None else {}
+            scaler = accelerator.scaler
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=kept, validation=best)
 
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
         assert validation is not None
-        scalars = validation.evaluate(transformer, step).scalars()
+        scalars = validation.evaluate(transformer, step, mean).scalars()
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
-                run.save_best(step, adapter)
+                run.save_adapter("best", step, adapter)
             run.record.validation = validation.summary()
             run.record.write()
         steps.start_clock()
@@ -208,6 +214,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
+            if mean is not None:
+                mean.update(step + 1)
             steps.add(step + 1, loss, grad_norm, config.optim.applied_lr(optimizer.param_groups[0]))
             saves = run.checkpoint_name(step + 1) is not None
             if saves or (step + 1) % config.log_every_steps == 0:
@@ -234,6 +242,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     if accelerator.is_main_process:
+        if mean is not None:
+            with mean.in_place():
+                run.save_adapter("final_ema", done, adapter)
         with accelerator.autocast():
             run.finish(adapter, transformer, done, steps.smoothed_loss)
         if validation is not None:

@@ -267,7 +267,15 @@ class Run:
         record.write()
 
     def save_checkpoint(
-        self, step: int, smoothed_loss: float, adapter: Adapter, optimizer: Any, scaler: Any, validation: dict[str, Any]
+        self,
+        step: int,
+        smoothed_loss: float,
+        adapter: Adapter,
+        optimizer: Any,
+        scaler: Any,
+        *,
+        ema: dict[str, Tensor],
+        validation: dict[str, Any],
     ) -> None:
         """Write the checkpoint of a step."""
         state = TrainingState(
@@ -278,6 +286,7 @@ class Run:
             optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else {},
             settings=self.record.settings,
+            ema=ema,
             validation=validation,
         )
         folder = self.output_dir / "checkpoints" / (self.checkpoint_name(step) or f"step_{step}")
@@ -288,9 +297,9 @@ class Run:
         if self.config.keep_last is not None:
             remove_old_checkpoints(self.output_dir, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
 
-    def save_best(self, step: int, adapter: Adapter) -> None:
-        """Write best/, the adapter with the lowest validation loss so far."""
-        with replacing_folder(self.output_dir / "best") as partial:
+    def save_adapter(self, folder: str, step: int, adapter: Adapter) -> None:
+        """Write best/, the adapter with the lowest validation loss so far, or final_ema/, the mean of its weights."""
+        with replacing_folder(self.output_dir / folder) as partial:
             adapter.save(partial, self.metadata(step))
             write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
 

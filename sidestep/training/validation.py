@@ -38,6 +38,7 @@ from sidestep.training.tracking import drop_later_lines
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sidestep.training.ema import WeightMean
     from sidestep.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -71,10 +72,14 @@ class Evaluation:
     train_base_loss: float
     drift: float
     """How far the output has moved from the base model's without any words: 0 is not at all, 1 as much as its size."""
+    ema_loss: float | None
+    """Loss of the running mean of the adapter's weights, if ema_decay is set."""
 
     def scalars(self) -> dict[str, float]:
         """What TensorBoard shows."""
         values = {f"validation/{key}": getattr(self, key) for key in ("loss", "difference", "train_loss", "drift")}
+        if self.ema_loss is not None:
+            values["validation/ema_loss"] = self.ema_loss
         return values | {
             f"validation_by_time/{time:.3f}": loss for time, loss in zip(self.times, self.losses, strict=True)
         }
@@ -150,8 +155,12 @@ class Validation:
 
     # measuring
 
-    def evaluate(self, transformer: nn.Module, step: int) -> Evaluation:
+    def evaluate(self, transformer: nn.Module, step: int, mean: WeightMean | None = None) -> Evaluation:
         """Measure the transformer with its adapter at the end of a step, and remember whether it is the best so far."""
+        ema_loss = None
+        if mean is not None:
+            with mean.in_place():
+                ema_loss = self._losses(transformer, self.held_out).mean().item()
         losses, trained = self._losses(transformer, self.held_out), self._losses(transformer, self.trained)
         difference = (losses - self._base).mean(dim=1)  # (N,)
         num_songs = len(difference)
@@ -172,6 +181,7 @@ class Validation:
             train_loss=trained.mean().item(),
             train_base_loss=self._train_base.mean().item(),
             drift=(change / size).item(),
+            ema_loss=ema_loss,
         )
         if self.last.loss < self.best_loss:
             self.best_loss, self.best_step, self.num_worse = self.last.loss, step, 0
