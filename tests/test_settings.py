@@ -18,7 +18,7 @@ from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
 
-GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objective", "vram_profile"]
+GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objective", "vram_profile", "tracking"]
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 
 MISTAKES = {

@@ -102,8 +102,12 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
     previews = Previews(run) if config.previews.every_epochs is not None else None
-    if previews is not None and accelerator.is_main_process:
-        previews.render_base()
+    if previews is not None:
+        if kept is not None:
+            kept.drop()  # rendering needs the memory
+        kept = None
+        if accelerator.is_main_process:
+            previews.render_base()
     transformer = run.checkpoint.load_transformer(
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
@@ -149,9 +153,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step:
             best = validation.state() if validation is not None else {}
-            kept = mean.state() if mean is not None else {}
+            ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=kept, validation=best)
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema, validation=best)
 
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
