@@ -85,15 +85,14 @@ class SlurmJob:
     def __call__(self, overrides: list[str], number: int, state: Any) -> None:
         """Run the point on the node.
 
-        Slurm sends SIGUSR2 to every process of the job when its time runs out or it is preempted. It is blocked until
-        here (see ``_python``), since by default it kills; once the point is over it is ignored, since Python gives
-        signals their defaults back while it shuts down.
+        Slurm sends SIGUSR2 to every process of the job when its time runs out or it is preempted. By default it kills,
+        so it is ignored until here (see ``_python``), and again once the point is over, since Python gives signals
+        their defaults back while it shuts down.
 
         Raises:
             PointFailed: so that the job fails in Slurm, too.
         """
         signal.signal(signal.SIGUSR2, _requeue_at_once)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         Singleton.set_state(state)
         setup_globals()
         config = self.point_config(overrides)
@@ -210,7 +209,7 @@ def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequenc
         # newer Slurms do not hand --cpus-per-task on to srun
         "setup": ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup],
         "srun_args": ["--kill-on-bad-exit=1", *cluster.srun],
-        "additional_parameters": {"requeue": True, **cluster.sbatch},
+        "additional_parameters": {"requeue": True, **dict(map(_sbatch_option, cluster.sbatch))},
     }
     executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
     state = Singleton.get_state()
@@ -222,9 +221,15 @@ def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequenc
     return [submitted.job_id for submitted in jobs]
 
 
+def _sbatch_option(typed: str) -> tuple[str, str | bool]:
+    """Split --exclude=node7 or --exclusive as submitit wants it."""
+    key, _, value = typed.removeprefix("--").partition("=")
+    return key, value or True
+
+
 def _python(cluster: SlurmConfig) -> str:
-    """The command that starts Python on a node, with SIGUSR2 held back until there is somebody to take it."""
-    return f"env --block-signal=USR2 {cluster.python or shlex.quote(sys.executable)}"
+    """The command that starts Python on a node, deaf to SIGUSR2 until there is somebody to take it."""
+    return f'bash -c \'trap "" USR2; exec "$@"\' sidestep {cluster.python or shlex.quote(sys.executable)}'
 
 
 def is_finished(job: SlurmJob, overrides: Sequence[str], folder: Path) -> bool:

@@ -30,6 +30,8 @@ from sidestep.reporting.runs import (
     PointRecord,
     as_table,
     collect_points,
+    is_alive,
+    queued_jobs,
     read_plan,
     read_point,
     same_point,
@@ -88,6 +90,8 @@ def record_point(run: Callable[[], Any]) -> Any:
     )
     if rank() != 0:
         return run()
+    if before is not None:
+        _refuse_if_busy(before, attempt, folder)
     attempt.write(folder)
     began = time.monotonic()
     try:
@@ -109,6 +113,18 @@ def record_point(run: Callable[[], Any]) -> Any:
     attempt.objective = float(result) if isinstance(result, int | float) and math.isfinite(result) else None
     _end(attempt, folder, "finished", began)
     return result
+
+
+def _refuse_if_busy(before: PointRecord, attempt: PointRecord, folder: Path) -> None:
+    """Leave a point alone that another process is doing; its record must stay that process's."""
+    if before.status != "running" or (before.host, before.process) == (attempt.host, attempt.process):
+        return
+    if before.job and before.job == attempt.job:  # the same job, begun again
+        return
+    if is_alive(before, queued_jobs() if before.job else None):
+        who = f"job {before.job}" if before.job else f"process {before.process} on {before.host}"
+        log.error("%s is being trained by %s; wait for it or stop it", folder, who)
+        raise PointFailed(f"{folder} is being trained by {who}")
 
 
 def _end(attempt: PointRecord, folder: Path, status: str, began: float, error: str = "") -> None:

@@ -33,7 +33,7 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = [
     "cluster=slurm", "cluster.gpus_per_node=0", "cluster.cpus_per_process=1", "cluster.memory_gib=2",
-    "cluster.time_minutes=5", "+cluster.sbatch={exclude:mini3}",
+    "cluster.time_minutes=5", "cluster.sbatch=['--exclude=mini3']",
 ]  # fmt: skip
 PATIENCE = 120.0
 
@@ -79,6 +79,9 @@ def start(env: dict[str, str], folder: Path, *typed: str, command: str = "train"
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored in what a shell runs in the background
     )
 
 
@@ -119,7 +122,7 @@ def limited(slurm: dict[str, str], places: list[str], tmp_path_factory: pytest.T
     """Where a run has begun that needs much longer than the minute that its job may take."""
     folder = tmp_path_factory.mktemp("limited")
     limit = ["cluster.time_minutes=1", "cluster.signal_seconds=40", "cluster.wait=false", "max_steps=1000000"]
-    finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, "+cluster.sbatch={nodelist:mini3}"))
+    finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, "cluster.sbatch=['--nodelist=mini3']"))
     return folder
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.errors import UserError
 from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_point
+from sidestep.times import now
 from tests.forked import run, start
 
 QUICK = [
@@ -109,6 +111,19 @@ def test_points_in_one_process_end_as_if_each_had_one_of_its_own(tmp_path, place
         assert code == 0, text
         expected = final_weights(tmp_path / "alone/outputs/s" / point.name)
         torch.testing.assert_close(final_weights(tmp_path / "outputs/s" / point.name), expected, rtol=0, atol=0)
+
+
+def test_a_point_that_another_process_is_training_is_left_alone(tmp_path, places):
+    sweep = tmp_path / "outputs/s"
+    code, _ = run(tmp_path, "-m", *places, "max_steps=-1")
+    assert code == 1
+    (folder,) = (path.parent for path in sweep.glob("*/point.json"))
+    busy = PointRecord(overrides=["max_steps=1"], started=now(), host=socket.gethostname(), process=os.getpid())
+    busy.write(folder)
+    code, text = run(tmp_path, "-m", *places, "max_steps=-1")
+    assert code == 1
+    assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in text
+    assert read_point(folder) == busy
 
 
 def test_points_that_were_not_begun_are_in_the_table_too(tmp_path):

@@ -41,10 +41,10 @@ class SlurmConfig:
     """How often one point may go on in a new job."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the run, as in [module load cuda]."""
-    sbatch: dict[str, str] = field(default_factory=dict)
-    """Further options of sbatch: {mail-user: me@example.org, exclude: node7}."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further options of sbatch, as in ['--exclude=node7', '--exclusive']."""
     srun: list[str] = field(default_factory=list)
-    """Further options of srun: [--cpu-bind=none]."""
+    """Further options of srun, as in ['--cpu-bind=none']."""
     python: str | None = None
     """Command that starts Python on the nodes, as in 'apptainer exec --nv image.sif python'; null is this Python."""
     wait: bool = True
@@ -67,6 +67,7 @@ class SlurmConfig:
                 f"cluster.signal_seconds={self.signal_seconds} is no less than "
                 f"cluster.time_minutes={self.time_minutes}, so every job would be told to stop as it begins"
             )
-        for line in [*self.setup, *self.srun, *self.sbatch, *self.sbatch.values()]:
-            if "\n" in line:
-                raise UserError(f"cluster: {line!r} must be one line")
+        for option_of, options in (("srun", self.srun), ("sbatch", self.sbatch)):
+            for typed in options:
+                if not typed.startswith("--") or "\n" in typed:
+                    raise UserError(f"cluster.{option_of}: {typed!r} must be one option, as in '--exclude=node7'")

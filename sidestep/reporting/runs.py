@@ -159,7 +159,7 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     point.status, point.error = attempt.status, attempt.error
     if attempt.objective is not None:
         point.objective = attempt.objective
-    if attempt.status == "running" and not _is_alive(attempt, queued):
+    if attempt.status == "running" and is_alive(attempt, queued) is False:
         point.status = "interrupted"
         point.error = point.error or "its process ended without a word"
     if point.status != "running" and job and job != attempt.job and queued is not None and job in queued:
@@ -203,14 +203,19 @@ def queued_jobs() -> dict[str, str] | None:
     return dict(line.split(maxsplit=1) for line in asked.stdout.splitlines())
 
 
-def _is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool:
-    """Whether the process of an attempt may still be at work; yes where nobody can be asked."""
+def is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool | None:
+    """Whether the process of an attempt still exists; None where nobody can be asked.
+
+    Args:
+        attempt: one that has not said that it ended.
+        queued: Slurm's queue, from :func:`queued_jobs`.
+    """
     import psutil
 
     if attempt.job:
-        return queued is None or attempt.job in queued
+        return None if queued is None else attempt.job in queued
     if attempt.host != _HOST:
-        return True
+        return None
     try:
         began = psutil.Process(attempt.process).create_time()
     except psutil.NoSuchProcess:
