@@ -222,7 +222,7 @@ def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, data
         "name=ddp", "model_variant=base", "device=cpu", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.01",
         f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *HELD_OUT, "validation.every_epochs=1",
         "max_epochs=1", "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "schedule.warmup_steps=2",
-        "vram_profile.gradient_checkpointing=false", "vram_profile.gradient_accumulation_steps=1",
+        "vram_profile.gradient_checkpointing=none", "vram_profile.gradient_accumulation_steps=1",
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sidestep.train"]
     done = subprocess.run(
