@@ -99,10 +99,17 @@ def write_dataset(
             1, 64, generator=generator
         )  # each song has a colour of its own, so that there is something to learn
         save_file({"latents": (base + 0.3 * torch.randn(length, 64, generator=generator)).half()}, folder / latents)
-        save_file({"caption": torch.randn(5 + i, width, generator=generator)}, folder / conditions)
+        tokens = torch.randn(5 + i, width, generator=generator)
+        parts = {"lyrics": tokens[:2], "reference": tokens[2:3], "caption": tokens[3:]}
+        save_file({key: part.contiguous() for key, part in parts.items()}, folder / conditions)
         songs.append(
             SongRecord(
-                audio=f"song{i}.wav", latents=latents, conditions=conditions, prompt="caption", num_frames=length
+                audio=f"song{i}.wav",
+                latents=latents,
+                conditions=conditions,
+                prompt="caption",
+                num_frames=length,
+                is_instrumental=True,
             )
         )
     info = DatasetInfo(

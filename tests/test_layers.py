@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sidestep"
 
 # from the ground up; a module may import from its own line and those above it
 LAYERS = [
-    ["", "errors", "files", "seeds", "devices", "config.schema", "config"],
+    ["", "errors", "files", "seeds", "devices", "config.schema", "config.data", "config"],
     [
         "acestep.keymap",
         "acestep.quantization",
@@ -25,7 +25,7 @@ LAYERS = [
     ["adapters"],
     ["config.settings"],
     ["config.naming", "config.gate", "config.help"],
-    ["acestep.*", "data.manifest", "data.audio", "data.songs", "data.sampler", "data.dataset", "data.loader", "data"],
+    ["acestep.*", "data.*", "data"],
     ["training.state", "training.tracking", "training.signals"],
     ["inference.*", "inference"],
     ["exporting.*", "exporting"],

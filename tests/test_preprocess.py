@@ -135,7 +135,8 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
         latents = load_file(folder / record.latents)["latents"]
         assert latents.shape == (record.num_frames, 64)
         assert latents.dtype is torch.float16
-    assert set(load_file(folder / records["b/two.flac"].conditions)) == {"caption", "genre"}
+    parts = {"lyrics", "instrumental", "reference", "caption", "genre"}
+    assert set(load_file(folder / records["b/two.flac"].conditions)) == parts
     lines = summary.lines()
     assert lines[0] == f"3 songs in {folder}: 3 encoded now, 0 unchanged"
     assert lines[1].endswith("44 latent frames; captions: 2 from sidecar, 1 from file name")
@@ -180,7 +181,8 @@ def test_stored_conditions_are_those_of_a_direct_encoding(config, songs, checkpo
         condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
         silence=checkpoint.silence(),
     )
-    assert torch.equal(load_file(folder / records["a/one.wav"].conditions)["caption"], expected)
+    parts = load_file(folder / records["a/one.wav"].conditions)
+    assert torch.equal(torch.cat([parts["lyrics"], parts["reference"], parts["caption"]]), expected)
 
 
 def test_stored_latents_are_the_same_whatever_the_order_of_songs(config, songs, tmp_path):
@@ -205,7 +207,7 @@ def test_the_tag_goes_into_what_the_model_reads_but_not_into_the_record(
     seen = []
     monkeypatch.setattr(encode, "tokenize", lambda *args: seen.append(args[1]) or tokenize(*args))
     preprocess(replace(config, custom_tag="zyx", tag_position=TagPosition(position)))
-    assert f"\n# Caption\n{caption}\n\n" in seen[1]
+    assert f"\n# Caption\n{caption}\n\n" in seen[0]
     assert read(config)[1]["x.wav"].caption == "cap"
 
 

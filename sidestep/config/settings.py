@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
+from sidestep.config.data import DataConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
@@ -150,13 +151,17 @@ class TrainConfig:
     """What is minimised."""
     vram_profile: VramConfig = MISSING
     """What is given up to fit in memory."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is drawn from each song."""
 
     name: str = MISSING
     """Folder of this run or sweep: outputs/<name>/<run>."""
     checkpoint_dir: str = MISSING
     """Folder that holds the ACE-Step checkpoints."""
     dataset_dir: str = MISSING
-    """Folder that python -m sidestep.preprocess made."""
+    """Folder that python -m sidestep.preprocess made, or one of tensor files of ACE-Step or Side-Step."""
+    prior_dataset_dir: str | None = None
+    """Dataset of other songs, trained on in every second batch so that the model does not forget them."""
     swept: list[str] = field(default_factory=list)
     """Filled in by -m: settings it gives several values that would not name a run otherwise, like dataset_dir."""
     toy: bool = False
@@ -224,6 +229,8 @@ class TrainConfig:
             )
         if self.resume is Resume.never and self.resume_from is not None:
             raise UserError(f"resume=never contradicts resume_from={self.resume_from}; leave one of them out")
+        if self.data.prior_weight != 1 and self.prior_dataset_dir is None:
+            raise UserError(f"data.prior_weight={self.data.prior_weight:g} has no effect without prior_dataset_dir=...")
         one_line(self, "name", "checkpoint_dir", "dataset_dir")
         filled(self, "name", "checkpoint_dir", "dataset_dir")
         if not self.name or self.name in (".", "..") or "/" in self.name or os.sep in self.name:
@@ -256,6 +263,8 @@ class PreprocessConfig:
     """Language of lyrics whose metadata does not name one."""
     max_song_seconds: float | None = None
     """Read no more than this much of each song; null reads all of it."""
+    window_seconds: float | None = None
+    """Cut longer songs into windows, each with its own duration and, where lyrics carry times, its own lyrics."""
     tile_seconds: float = MISSING
     """Length of audio that the VAE encodes at once; memory grows with it, the result does not change."""
     seed: int = 0
@@ -270,6 +279,8 @@ class PreprocessConfig:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
         if self.max_song_seconds is not None and self.max_song_seconds < 0.08:
             raise UserError(f"max_song_seconds={self.max_song_seconds} must be at least 0.08, two latent frames")
+        if self.window_seconds is not None and not 1 <= self.window_seconds < float("inf"):
+            raise UserError(f"window_seconds={self.window_seconds:g} must be at least 1")
         if self.tile_seconds < 5:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
         if self.device is Device.cpu and self.precision is Precision.fp16:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -30,8 +31,9 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
-from sidestep.data.manifest import DatasetInfo, SongRecord, read_manifest, write_manifest
-from sidestep.data.sampler import FRAMES_PER_SECOND
+from sidestep.data.lyrics import sung_between
+from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
 from sidestep.data.songs import Song, SongList, printable, read_songs
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
@@ -103,8 +105,9 @@ class _Prompts:
     """What the model reads about one song."""
 
     texts: dict[str, str]
-    """Caption prompt under "caption" and, if the song has a genre, under "genre"."""
-    lyrics: str
+    """Prompts of "caption" and, if the song has them, "genre" and "tag"; those of windows are "window.caption", ..."""
+    lyrics: dict[str, str]
+    """Lyrics prompts under "lyrics" and, if there are any, "instrumental" for none and "window.<n>.lyrics"."""
 
 
 def preprocess(config: PreprocessConfig) -> PreprocessSummary:
@@ -156,7 +159,7 @@ def _update(
     num_frames = {name: frames for name, (frames, _) in about_latents.items()}
 
     songs = [song for song in listing.songs if song.name in latents]
-    prompts = _write_prompts(songs, num_frames, listing.tag_position)
+    prompts = _write_prompts(songs, num_frames, listing.tag_position, config.window_seconds)
     silence = checkpoint.silence()[:REFERENCE_FRAMES]
     encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
     conditions = {
@@ -181,7 +184,10 @@ def _update(
         total_seconds=summary.num_frames / FRAMES_PER_SECOND,
         sidestep_version=sidestep.__version__,
     )
-    records = [_record(song, latents[song.name], conditions[song.name], num_frames[song.name]) for song in songs]
+    records = [
+        _record(song, prompts[song.name], latents[song.name], conditions[song.name], num_frames[song.name])
+        for song in songs
+    ]
     write_manifest(folder, info, records)
 
     summary.unchanged = {song.name for song in songs} - summary.changed
@@ -287,23 +293,39 @@ def _encode_song(vae: Any, path: Path, key: str, config: PreprocessConfig) -> tu
 # second pass: words
 
 
-def _write_prompts(songs: list[Song], num_frames: dict[str, int], tag_position: str) -> dict[str, _Prompts]:
+def _write_prompts(
+    songs: list[Song], num_frames: dict[str, int], tag_position: str, window_seconds: float | None
+) -> dict[str, _Prompts]:
     """Write what the model reads about each song."""
     prompts = {}
     for song in songs:
-        captions = {"caption": song.caption} | ({"genre": song.genre} if song.genre else {})
+        captions = {
+            "caption": apply_tag(song.caption, song.custom_tag, tag_position),
+            "genre": song.genre and apply_tag(song.genre, song.custom_tag, tag_position),
+            "tag": song.custom_tag,
+        }
+        durations = {"": num_frames[song.name] // FRAMES_PER_SECOND}
+        lyrics = {"lyrics": song.lyrics} | ({"instrumental": ""} if song.lyrics else {})
+        if window_seconds is not None and num_frames[song.name] > (length := window_frames(window_seconds)):
+            durations["window."] = int(window_seconds)
+            if song.timed_lyrics:
+                for n, start in enumerate(window_starts(num_frames[song.name], length)):
+                    begin, end = start / FRAMES_PER_SECOND, (start + length) / FRAMES_PER_SECOND
+                    lyrics[f"window.{n}.lyrics"] = sung_between(song.timed_lyrics, begin, end)
         prompts[song.name] = _Prompts(
             texts={
-                key: caption_prompt(
-                    apply_tag(caption, song.custom_tag, tag_position),
+                window + key: caption_prompt(
+                    caption,
                     bpm=song.bpm,
                     timesignature=song.timesignature,
                     keyscale=song.keyscale,
-                    duration=num_frames[song.name] // FRAMES_PER_SECOND,
+                    duration=duration,
                 )
+                for window, duration in durations.items()
                 for key, caption in captions.items()
+                if caption
             },
-            lyrics=lyrics_prompt(song.lyrics, song.language),
+            lyrics={key: lyrics_prompt(words, song.language) for key, words in lyrics.items()},
         )
     return prompts
 
@@ -324,30 +346,48 @@ def _encode_prompts(
     tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
     condition_encoder = checkpoint.load_condition_encoder(device=device, dtype=dtype)
     for name in _with_progress(todo, "encoding words"):
-        lyric_ids, cut = tokenize(tokenizer, prompts[name].lyrics, MAX_LYRIC_TOKENS)
-        cuts = {"lyrics": cut}
-        conditions = {}
-        for key, text in prompts[name].texts.items():
-            text_ids, cuts[key] = tokenize(tokenizer, text, MAX_TEXT_TOKENS)
+        cuts: dict[str, int] = {}
+
+        def ids(key: str, prompt: str, limit: int, cuts: dict[str, int] = cuts) -> Tensor:
+            tokens, cut = tokenize(tokenizer, prompt, limit)
+            cuts |= {key: cut} if cut else {}
+            return tokens
+
+        texts = {key: ids(key, text, MAX_TEXT_TOKENS) for key, text in prompts[name].texts.items()}
+        lyrics = {key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items()}
+        parts: dict[str, Tensor] = {}
+        # lyrics, reference and text do not see each other, so that any pair will do
+        for (text, text_ids), (lyric, lyric_ids) in _pairs(texts, lyrics):
             condition = encode_condition(
                 text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=silence
             )
-            conditions[key] = condition.cpu().contiguous()
-        if not all(condition.isfinite().all() for condition in conditions.values()):
+            num_lyrics = lyric_ids.shape[1]
+            parts[lyric], parts["reference"] = condition[:num_lyrics], condition[num_lyrics : num_lyrics + 1]
+            parts[text] = condition[num_lyrics + 1 :]
+        parts = {key: part.cpu().contiguous() for key, part in parts.items()}
+        if not all(part.isfinite().all() for part in parts.values()):
             summary.failed[name] = f"the condition of {name} is not finite in {dtype}; use precision=fp32"
             summary.changed.discard(name)
             del files[name]
             continue
-        _save(files[name], conditions, {"cut": json.dumps({key: cut for key, cut in cuts.items() if cut})})
+        read = json.dumps(prompts[name].texts | prompts[name].lyrics)
+        _save(files[name], parts, {"cut": json.dumps(cuts), "texts": read})
         summary.changed.add(name)
     del text_encoder, condition_encoder
     _free_memory(device)
 
 
+def _pairs(texts: dict[str, Tensor], lyrics: dict[str, Tensor]) -> Iterator[Any]:
+    """Pair every text with lyrics; the first of the shorter list comes again."""
+    first = next(iter(texts.items())), next(iter(lyrics.items()))
+    for text, lyric in itertools.zip_longest(texts.items(), lyrics.items()):
+        yield text or first[0], lyric or first[1]
+
+
 # the dataset
 
 
-def _record(song: Song, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
+def _record(song: Song, prompts: _Prompts, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
     return SongRecord(
         audio=song.name,
         latents=f"{LATENTS}/{latents.name}",
@@ -356,13 +396,16 @@ def _record(song: Song, latents: Path, conditions: Path, num_frames: int) -> Son
         num_frames=num_frames,
         caption=song.caption,
         genre=song.genre,
-        lyrics=song.lyrics,
         language=song.language,
         bpm=song.bpm,
         keyscale=song.keyscale,
         timesignature=song.timesignature,
         is_instrumental=song.is_instrumental,
         source=song.source,
+        repeat=song.repeat,
+        weight=song.weight,
+        prompts=[key for key in PROMPTS if key in prompts.texts],
+        is_timed="window.0.lyrics" in prompts.lyrics,
     )
 
 
@@ -375,6 +418,7 @@ def _settings(config: PreprocessConfig, listing: SongList, dtype: torch.dtype) -
         "genre_ratio": listing.genre_ratio,
         "language": config.language,
         "max_song_seconds": config.max_song_seconds,
+        "window_seconds": config.window_seconds,
         "seed": config.seed,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -29,6 +29,7 @@ from typing import Any
 
 from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
 from sidestep.data.audio import find_audio
+from sidestep.data.lyrics import TimedLine
 from sidestep.errors import UserError
 from sidestep.files import describe
 
@@ -66,8 +67,12 @@ class Song:
     custom_tag: str = ""
     prompt_override: str = ""
     """The song's own choice of "caption" or "genre", which wins over the genre ratio."""
+    timed_lyrics: list[TimedLine] = field(default_factory=list)
+    """The lines with the times at which they begin, where they are known."""
     repeat: int = 1
-    """Side-Step's oversampling. Every song counts once here; a larger number is noted."""
+    """How often the song comes in an epoch."""
+    weight: float = 1.0
+    """What its loss is multiplied by."""
     prompt: str = "caption"
     """Which of "caption" and "genre" the song trains on."""
     source: str = "file name"
@@ -181,7 +186,6 @@ def _choose_prompts(listing: SongList) -> None:
     for note, names in (
         ("chosen by the genre ratio but without a genre, so on their caption", without_genre),
         ("marked instrumental, so their lyrics are not used", unsung),
-        ("ask to be repeated; every song counts once here", [song.name for song in listing.songs if song.repeat > 1]),
     ):
         if names:
             listing.notes.append(f"{note}: {_names(names)}")
@@ -462,9 +466,10 @@ def _percentage(value: Any) -> int:
 
 
 def _repeat(value: Any) -> int:
-    if isinstance(value, bool) or not str(value).strip().isdecimal():
-        raise ValueError("a whole number")
-    return int(str(value))
+    text = str(value).strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII):
+        raise ValueError("a whole number of at least 1")
+    return int(text)
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:

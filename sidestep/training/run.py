@@ -49,7 +49,7 @@ from sidestep.training.tracking import RunRecord, now, read_record, versions
 
 log = logging.getLogger(__name__)
 
-PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "init_from", "resume_from")
+PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from")
 """Settings that say where things lie on this machine; not written into adapters."""
 
 
@@ -116,11 +116,11 @@ class Run:
 
     def step_at_epoch(self, epoch: int) -> int:
         """The first step at whose end every song was seen ``epoch`` times."""
-        return math.ceil(epoch * len(self.dataset.songs) / self.songs_per_step)
+        return math.ceil(epoch * self.dataset.songs_per_epoch / self.songs_per_step)
 
     def epoch_at(self, step: int) -> float:
         """How often every song was seen, on average, at the end of a step."""
-        return step * self.songs_per_step / len(self.dataset.songs)
+        return step * self.songs_per_step / self.dataset.songs_per_epoch
 
     def checkpoint_name(self, step: int) -> str | None:
         """Name of the checkpoint to write at the end of a step, or None.
@@ -143,9 +143,11 @@ class Run:
         groups = {key: config[key] for key in ("adapter", "optim", "schedule", "timesteps", "objective")}
         flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
         flat.pop("adapter.default_lr")  # only a default of optim.lr
+        data = {key: value for key, value in config["data"].items() if key != "allow_leaked_reference"}
         settings = {
             **{group: self.record.choices[group] for group in groups},
             **flat,
+            **{f"data.{key}": value for key, value in data.items()},
             "model_variant": self.config.model_variant.name,
             "seed": self.config.seed,
             "condition_dropout": self.config.condition_dropout,
@@ -344,7 +346,14 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     if config.max_seconds is not None:
         memory.max_seconds = config.max_seconds
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
-    dataset = SongDataset(Path(config.dataset_dir), max_seconds=memory.max_seconds, seed=config.seed)
+    dataset = SongDataset(
+        Path(config.dataset_dir),
+        max_seconds=memory.max_seconds,
+        seed=config.seed,
+        config=config.data,
+        batch_size=memory.batch_size,
+        prior_folder=None if config.prior_dataset_dir is None else Path(config.prior_dataset_dir),
+    )
     check_dataset_fits(dataset, checkpoint)
     silence = checkpoint.silence()
     previous = read_record(output_dir / "run.json")
@@ -392,11 +401,12 @@ def check_dataset_fits(dataset: SongDataset, checkpoint: Checkpoint) -> None:
     """
     name = checkpoint.variant.name
     again = f"make one with python -m sidestep.preprocess model_variant={name} dataset_dir=<another folder> ..."
-    if dataset.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
-        raise UserError(
-            f"dataset_dir={dataset.folder} was made with the condition encoder of another checkpoint "
-            f"({dataset.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
-        )
+    for key, source in zip(("dataset_dir", "prior_dataset_dir"), dataset.sources, strict=False):
+        if source.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
+            raise UserError(
+                f"{key}={source.folder} was made with the condition encoder of another checkpoint "
+                f"({source.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
+            )
 
 
 def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | None:
