@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import sidestep.config.naming  # noqa: F401
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters import AdapterConfig
+from sidestep.config.data import SongsConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
 from sidestep.config.settings import ExportConfig, GenerateConfig, InspectConfig, PreprocessConfig, TrainConfig
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
@@ -140,6 +141,11 @@ def export_config(*overrides: str) -> ExportConfig:
 def inspect_config(*overrides: str) -> InspectConfig:
     """The config of ``python -m sidestep.inspect``."""
     return to_dataclass(compose_or_explain("inspect", [*overrides]), InspectConfig)
+
+
+def songs_config(*overrides: str) -> SongsConfig:
+    """The config of ``python -m sidestep.songs``."""
+    return to_dataclass(compose_or_explain("songs", [*overrides]), SongsConfig)
 
 
 def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: str = "base") -> Path:

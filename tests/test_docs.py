@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from sidestep.generate import quote_words
-from tests.factories import export_config, generate_config, inspect_config, preprocess_config, train_config
+from tests.factories import (
+    export_config,
+    generate_config,
+    inspect_config,
+    preprocess_config,
+    songs_config,
+    train_config,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +48,7 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments):
         "generate": (generate_config, []),
         "export": (export_config, ["adapter_dir=final", "format=lora"]),
         "inspect": (inspect_config, []),
+        "songs": (songs_config, ["audio_dir=songs"]),
     }[command]
     compose(*required, *words)
 

@@ -32,7 +32,7 @@ LAYERS = [
     ["inspecting.*", "inspecting"],
     ["data.encode", "training.final", "training.*"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect"],
+    ["train", "preprocess", "generate", "export", "inspect", "songs"],
 ]
 
 

@@ -22,7 +22,7 @@ from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess
-from sidestep.data.manifest import read_manifest
+from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
 from sidestep.files import _HOST, alone_in
 from tests.audio_files import write
@@ -183,6 +183,30 @@ def test_stored_conditions_are_those_of_a_direct_encoding(config, songs, checkpo
     )
     parts = load_file(folder / records["a/one.wav"].conditions)
     assert torch.equal(torch.cat([parts["lyrics"], parts["reference"], parts["caption"]]), expected)
+
+
+def test_each_window_is_told_its_own_lyrics_and_duration(config, songs, checkpoint):
+    write(songs / "c.wav", noise(2.5), 48_000)
+    words(songs / "c.lrc", "[Verse]\n[00:00.20]early\n[00:01.90]late")
+    words(songs / "c.json", '{"repeat": 2, "weight": 0.5, "custom_tag": "zyx"}')
+    preprocess(replace(config, window_seconds=1.0))
+    info, records, folder = read(config)
+    record = records["c.wav"]
+    assert info.settings["window_seconds"] == 1
+    assert (record.is_timed, record.repeat, record.weight, record.prompts) == (True, 2, 0.5, ["caption", "tag"])
+    parts = load_file(folder / record.conditions)
+    tokenizer, text_encoder = checkpoint.load_text_encoder(device=CPU, dtype=torch.float32)
+    for window, sung in enumerate(["[Verse]\nearly", "", "[Verse]\nlate"]):
+        expected = encode_condition(
+            tokenize(tokenizer, caption_prompt("zyx", bpm=None, timesignature="", keyscale="", duration=1), 256)[0],
+            tokenize(tokenizer, lyrics_prompt(sung, "unknown"), 2048)[0],
+            text_encoder=text_encoder,
+            condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
+            silence=checkpoint.silence(),
+        )
+        keys = condition_keys(record, "tag", window=window, sings=True)
+        assert torch.equal(torch.cat([parts[key] for key in keys]), expected)
+    assert not any(key.startswith("window") for key in load_file(folder / records["a/one.wav"].conditions))
 
 
 def test_stored_latents_are_the_same_whatever_the_order_of_songs(config, songs, tmp_path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from omegaconf import MISSING
+
+from sidestep.config.schema import root
 from sidestep.errors import UserError
 
 
@@ -64,3 +67,33 @@ class DataConfig:
             raise UserError(f"data.lyrics_dropout={self.lyrics_dropout:g} must be from 0 to 1")
         if not 0 < self.prior_weight < float("inf"):
             raise UserError(f"data.prior_weight={self.prior_weight:g} must be above 0")
+
+
+@root("songs_schema")
+@dataclass(kw_only=True)
+class SongsConfig:
+    """The words of a folder of songs."""
+
+    audio_dir: str = MISSING
+    """Folder of songs, searched with its subfolders."""
+    metadata_file: str | None = None
+    """Table of songs (dataset.json, csv, tsv, jsonl) to read instead of those found in audio_dir."""
+    file_tags: bool = True
+    """Read title, genre, tempo, key and lyrics from the tags inside the files, where nothing else gives them."""
+    only: str = "*"
+    """Change only songs whose path in audio_dir is like this: 'live/*'."""
+    add_tag: str = ""
+    """Make this the custom tag of the songs."""
+    remove_tag: str = ""
+    """Take this custom tag from the songs, and out of their captions, where it stands between commas."""
+    fill: bool = False
+    """Take genre, tempo, key and lyrics that are missing from the tags inside the files."""
+    write: bool = False
+    """Write audio_dir/songs.jsonl; without this nothing is written."""
+
+    def __post_init__(self) -> None:
+        if not self.audio_dir.strip():
+            raise UserError("audio_dir is empty; type audio_dir=...")
+        for key in ("add_tag", "remove_tag"):
+            if not getattr(self, key).isprintable():
+                raise UserError(f"{key}={getattr(self, key)!r} must be one line of text")

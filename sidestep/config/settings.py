@@ -252,7 +252,9 @@ class PreprocessConfig:
     checkpoint_dir: str = MISSING
     """Folder that holds the ACE-Step checkpoints."""
     metadata_file: str | None = None
-    """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
+    """Table of songs (dataset.json, csv, tsv, jsonl) to read instead of those found in audio_dir."""
+    file_tags: bool = True
+    """Read title, genre, tempo, key and lyrics from the tags inside the files, where nothing else gives them."""
     custom_tag: str = ""
     """Trigger word put into every caption."""
     tag_position: TagPosition | None = None

@@ -34,7 +34,8 @@ from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
-from sidestep.data.songs import Song, SongList, printable, read_songs
+from sidestep.data.songs import SongList, printable, read_songs
+from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
 from sidestep.files import alone_in, ensure_readable, remove_abandoned, sha256_of, write_tensors
@@ -129,6 +130,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         tag_position=None if config.tag_position is None else config.tag_position.value,
         genre_ratio=config.genre_ratio,
         language=config.language,
+        file_tags=config.file_tags,
     )
     folder = Path(config.dataset_dir)
     _make_folders(folder)

@@ -60,15 +60,19 @@ def parse_sections(value: Any) -> list[TimedLine]:
     if not isinstance(value, list) or not value:
         raise ValueError('a list of sections such as {"start": 12.5, "label": "Chorus", "lyrics": "..."}')
     lines: list[TimedLine] = []
+    sings = False
     for section in value:
-        start = section.get("start") if isinstance(section, dict) else None
-        if type(start) not in (int, float) or not math.isfinite(start) or start < 0:
+        start: Any = section.get("start") if isinstance(section, dict) else None
+        if type(start) not in (int, float) or not 0 <= start < math.inf:
             raise ValueError(f"sections that each have a start in seconds, not {section!r:.60}")
         label, words = section.get("label", ""), section.get("lyrics", section.get("text", ""))
         if not isinstance(label, str) or not isinstance(words, str):
             raise ValueError(f"sections whose label and lyrics are text, not {section!r:.60}")
         lines += [(float(start), f"[{label.strip().strip('[]')}]")] if label.strip() else []
         lines += [(float(start), line.strip()) for line in words.splitlines()]
+        sings = sings or bool(words.strip())
+    if not sings:
+        raise ValueError("sections of which at least one has lyrics")
     return sorted(lines, key=lambda line: line[0])
 
 
