@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
-from sidestep.data.manifest import AGAIN, DatasetInfo, SongRecord, condition_keys, read_manifest
+from sidestep.data.legacy import LegacySongs, holds_tensor_files
+from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
 from sidestep.data.sampler import (
     FRAMES_PER_SECOND,
     PATCH_FRAMES,
@@ -370,6 +371,13 @@ class SongDataset(Dataset[Example]):
                     f"data.excerpts=whole, but {longest.audio} is {needed} s long; "
                     f"use max_seconds={needed}, or leave data.excerpts out"
                 )
+        if self.config.lyrics_dropout or self.config.excerpt_lyrics is ExcerptLyrics.none:
+            for source in self.sources:
+                if isinstance(source, LegacySongs):
+                    raise UserError(
+                        f"{source.folder} holds one condition per song, with its lyrics; leave data.lyrics_dropout and "
+                        f"data.excerpt_lyrics out, or make a dataset with python -m sidestep.preprocess"
+                    )
         for prompt in self.config.prompts.given():
             if not any(prompt in song.prompts for song in self.songs):
                 have = "custom_tag" if prompt == "tag" else prompt
@@ -382,6 +390,8 @@ def open_songs(folder: Path, *, allow_leaks: bool = False) -> SongFolder:
     Raises:
         UserError: if it is none.
     """
+    if not (folder / INFO).is_file() and holds_tensor_files(folder):
+        return LegacySongs(folder, allow_leaks=allow_leaks)
     return StoredSongs(folder)
 
 

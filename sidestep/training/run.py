@@ -27,6 +27,7 @@ from sidestep.adapters.files import fingerprint_adapter, read_adapter
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
+from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
@@ -402,11 +403,28 @@ def check_dataset_fits(dataset: SongDataset, checkpoint: Checkpoint) -> None:
     name = checkpoint.variant.name
     again = f"make one with python -m sidestep.preprocess model_variant={name} dataset_dir=<another folder> ..."
     for key, source in zip(("dataset_dir", "prior_dataset_dir"), dataset.sources, strict=False):
-        if source.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
+        if isinstance(source, LegacySongs):
+            _check_legacy_fits(source, checkpoint, key)
+        elif source.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
             raise UserError(
                 f"{key}={source.folder} was made with the condition encoder of another checkpoint "
                 f"({source.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
             )
+
+
+def _check_legacy_fits(songs: LegacySongs, checkpoint: Checkpoint, key: str) -> None:
+    """Refuse tensor files of another model, as far as they say; only Side-Step's do."""
+    name, made_for = checkpoint.variant.name, songs.info.model_variant
+    width = checkpoint.null_condition().shape[1]
+    if songs.info.condition_width != width:
+        raise UserError(
+            f"{key}={songs.folder} has conditions of {songs.info.condition_width} channels, and model_variant={name} "
+            f"reads {width}; the files are for another model"
+        )
+    if made_for == "unknown":
+        log.warning("%s=%s does not say which model it was made for; taking it to be %s", key, songs.folder, name)
+    elif made_for != name:
+        raise UserError(f"{key}={songs.folder} was made for model_variant={made_for}, not {name}; type that instead")
 
 
 def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | None:
