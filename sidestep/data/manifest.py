@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -156,7 +157,7 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
         if song.repeat < 1 or not 0 < song.weight < math.inf or song.prompt not in song.prompts:
             wrong = "repeat must be at least 1, weight a number above 0, and prompt one of prompts"
             raise UserError(f"{songs_file} line {n}: {wrong}; {AGAIN}")
-        if not set(song.prompts) <= set(PROMPTS):
+        if song.prompts != ["caption"] and not set(song.prompts) <= set(PROMPTS):
             raise UserError(f"{songs_file} line {n}: prompts must be of {', '.join(PROMPTS)}; {AGAIN}")
     return info, songs
 
@@ -173,7 +174,7 @@ def _parse_quickly(lines: Sequence[str]) -> list[SongRecord] | None:
         if collects:
             gc.enable()
     for name, wanted in typing.get_type_hints(SongRecord).items():
-        if not {type(getattr(song, name)) for song in songs} <= set(_known_types(wanted)):
+        if not set(map(type, map(operator.attrgetter(name), songs))) <= set(_known_types(wanted)):
             return None
     return songs if len(songs) == len(lines) else None
 
