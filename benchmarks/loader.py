@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{opening['songs']} songs opened in {opening['seconds']:.2f} s ({opening['cpu_seconds']:.2f} s of CPU)")
     for kind, room in results["room"].items():
         print(
-            f"{kind}: {room['mb_per_minute']:.2f} MB per minute; Side-Step's form {room['side_step_mb_per_minute']:.2f}, "
-            f"{room['times_less']:.1f} times as much"
+            f"{kind}: {room['mb_per_minute']:.2f} MB per minute; "
+            f"Side-Step's form {room['side_step_mb_per_minute']:.2f}, {room['times_less']:.1f} times as much"
         )
     if typed.out is not None:
         typed.out.parent.mkdir(parents=True, exist_ok=True)
