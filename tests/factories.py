@@ -15,7 +15,14 @@ from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters import AdapterConfig
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
-from sidestep.config.settings import ExportConfig, GenerateConfig, InspectConfig, PreprocessConfig, TrainConfig
+from sidestep.config.settings import (
+    AnalyzeConfig,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    PreprocessConfig,
+    TrainConfig,
+)
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
 
 CHOICES = {
@@ -141,6 +148,12 @@ def export_config(*overrides: str) -> ExportConfig:
 def inspect_config(*overrides: str) -> InspectConfig:
     """The config of ``python -m sidestep.inspect``."""
     return to_dataclass(compose_or_explain("inspect", [*overrides]), InspectConfig)
+
+
+def analyze_config(*overrides: str) -> AnalyzeConfig:
+    """The config of ``python -m sidestep.analyze``."""
+    typed = ["device=cpu", "model_variant=base", "dataset_dir=data", *overrides]
+    return to_dataclass(compose_or_explain("analyze", typed), AnalyzeConfig)
 
 
 def songs_config(*overrides: str) -> SongsConfig:

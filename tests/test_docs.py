@@ -10,6 +10,7 @@ import pytest
 
 from sidestep.generate import quote_words
 from tests.factories import (
+    analyze_config,
     export_config,
     generate_config,
     inspect_config,
@@ -48,6 +49,7 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments):
         "generate": (generate_config, []),
         "export": (export_config, ["adapter_dir=final", "format=lora"]),
         "inspect": (inspect_config, []),
+        "analyze": (analyze_config, []),
         "songs": (songs_config, ["audio_dir=songs"]),
     }[command]
     compose(*required, *words)

@@ -32,7 +32,7 @@ LAYERS = [
     ["inspecting.*", "inspecting"],
     ["data.encode", "training.final", "training.*"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect", "songs"],
+    ["train", "preprocess", "generate", "export", "inspect", "songs", "analyze"],
 ]
 
 

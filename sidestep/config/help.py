@@ -21,6 +21,7 @@ ABOUT = {
     "train": "Train one adapter for ACE-Step 1.5, or with -m a sweep of them.",
     "preprocess": "Turn a folder of songs into a dataset to train on.",
     "songs": "List, check and edit the words of a folder of songs, and write them as songs.jsonl.",
+    "analyze": "Measure how much each module matters on a dataset, and write ranks for adapter=lora.",
     "export": "Write an adapter in another form: for another player, as a LoRA, or merged into the model.",
     "inspect": "Say what an adapter is and what it was trained on, and draw where it acts.",
     "generate": "Text to music, with any number of adapters at any strength.",
@@ -55,6 +56,7 @@ IMPORTANT = {
         "window_seconds",
         "tile_seconds",
     ],
+    "analyze": ["dataset_dir", "checkpoint_dir", "output", "target_modules", "rank", "max_rank", "num_examples"],
     "songs": ["audio_dir", "metadata_file", "file_tags", "only", "add_tag", "remove_tag", "fill", "write"],
     "export": [
         "adapter_dir",
@@ -93,6 +95,10 @@ EXAMPLES = {
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs model_variant=base",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs custom_tag=mystyle",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs metadata_file=songs/dataset.json",
+    ),
+    "analyze": (
+        "python -m sidestep.analyze dataset_dir=data/songs model_variant=base",
+        "python -m sidestep.analyze dataset_dir=data/songs model_variant=base num_examples=256 output=ranks.json",
     ),
     "songs": (
         "python -m sidestep.songs audio_dir=songs",

@@ -447,6 +447,50 @@ class InspectConfig:
         filled(self, "adapter_dir", "checkpoint_dir")
 
 
+@root("analyze_schema")
+@dataclass(kw_only=True)
+class AnalyzeConfig:
+    """How much each module matters on a dataset."""
+
+    model_variant: VariantConfig = MISSING
+    """Which model."""
+    timesteps: TimestepConfig = MISSING
+    """At which times it is measured."""
+
+    dataset_dir: str = MISSING
+    """Folder that python -m sidestep.preprocess made."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints."""
+    output: str = MISSING
+    """File to write; a picture of the same name lies beside it."""
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Modules to measure, named as in adapter.target_modules."""
+    rank: int = MISSING
+    """Flat rank whose number of parameters is not exceeded."""
+    max_rank: int = MISSING
+    """No module gets more."""
+    num_examples: int = MISSING
+    """Excerpts to measure on, each at one time; more make the intervals narrower."""
+    max_seconds: float = MISSING
+    """Longest excerpt, in seconds."""
+    seed: int = 0
+    """Decides the excerpts, noise and times."""
+    device: Device = Device.auto
+    """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
+    precision: Precision = Precision.auto
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        filled(self, "dataset_dir", "checkpoint_dir", "output")
+        at_least(1, self, "rank")
+        at_least(2, self, "num_examples")
+        check_excerpt("max_seconds", self.max_seconds)
+        if self.max_rank < self.rank:
+            raise UserError(f"max_rank={self.max_rank} must be at least rank={self.rank}")
+        if self.precision is Precision.fp16:
+            raise UserError("precision=fp16 loses small gradients; use precision=bf16 or precision=fp32")
+
+
 def check_excerpt(key: str, seconds: float | None) -> None:
     """Refuse an excerpt shorter than one patch of the transformer, 0.08 s; null passes."""
     if seconds is not None and not 0.08 <= seconds < float("inf"):
