@@ -36,6 +36,7 @@ from sidestep.data.sampler import (
     window_starts,
 )
 from sidestep.errors import UserError
+from sidestep.files import ensure_readable
 from sidestep.seeds import derive_seed
 
 LATENT_CHANNELS = 64
@@ -141,6 +142,7 @@ class StoredSongs:
     def _read(self, song: SongRecord, file: str, keys: Sequence[str], rows: slice, width: int) -> list[Tensor]:
         path = self.folder / file
         try:
+            ensure_readable(path)
             with safe_open(path, framework="pt") as tensors:
                 read: list[Tensor] = [tensors.get_slice(key)[rows] for key in keys]
         except (SafetensorError, OSError, IndexError) as error:  # IndexError: it has no rows
@@ -150,7 +152,7 @@ class StoredSongs:
                 found = f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise UserError(f"{path} of {song.audio} holds {found}, not rows of {width}; delete it and {AGAIN}")
             if not is_finite(tensor):
-                raise UserError(f"{path} of {song.audio} holds values that are no numbers; delete it and {AGAIN}")
+                raise UserError(f"{path} of {song.audio} holds NaN or infinity; delete it and {AGAIN}")
         return read
 
 

@@ -211,5 +211,5 @@ def _again(folder: Path, audio: list[str], variant: str | None, tags: list[str])
 
 def _finite(tensor: Tensor, path: Path) -> Tensor:
     if not tensor.isfinite().all():
-        raise UserError(f"{path} holds values that are no numbers; preprocess it again")
+        raise UserError(f"{path} holds NaN or infinity; preprocess it again")
     return tensor
