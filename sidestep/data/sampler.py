@@ -54,7 +54,7 @@ class SongOrder:
         if lengths is not None and batch_size > 1:
             buckets = torch.tensor(lengths).double().log().div(math.log(BUCKET_WIDTH)).floor()
             self._buckets = buckets[self._songs]
-        self._epoch, self._order = -1, list[int]()
+        self._known: tuple[int, list[int]] = (-1, [])  # an epoch and its order; one object, since threads share it
 
     def __len__(self) -> int:
         """Positions of one epoch."""
@@ -67,9 +67,10 @@ class SongOrder:
     def visit(self, position: int) -> tuple[int, int]:
         """Index of the song at a position of the stream, and how often it came before."""
         epoch, place = divmod(position, len(self))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffle(epoch).tolist()
-        occurrence = self._order[place]
+        known = self._known
+        if known[0] != epoch:
+            known = self._known = (epoch, self._shuffle(epoch).tolist())
+        occurrence = known[1][place]
         song = int(self._songs[occurrence])
         return song, epoch * int(self._repeats[song]) + occurrence - int(self._first[song])
 
