@@ -265,6 +265,8 @@ class PreprocessConfig:
     """Language of lyrics whose metadata does not name one."""
     max_song_seconds: float | None = None
     """Read no more than this much of each song; null reads all of it."""
+    reference: str = "silence"
+    """Reference audio: silence, as where inference is given none; song, the song itself; or an audio file for all."""
     window_seconds: float | None = None
     """Cut longer songs into windows, each with its own duration and, where lyrics carry times, its own lyrics."""
     tile_seconds: float = MISSING
@@ -287,6 +289,7 @@ class PreprocessConfig:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
         if self.device is Device.cpu and self.precision is Precision.fp16:
             raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
+        filled(self, "reference")
         one_line(self, "custom_tag", "language", "audio_dir", "dataset_dir", "checkpoint_dir")
         filled(self, "language", "audio_dir", "dataset_dir", "checkpoint_dir")
 

@@ -11,17 +11,19 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -38,7 +40,7 @@ from sidestep.data.songs import SongList, printable, read_songs
 from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import alone_in, ensure_readable, remove_abandoned, sha256_of, write_tensors
+from sidestep.files import alone_in, describe, ensure_readable, remove_abandoned, sha256_of, write_tensors
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATENTS, CONDITIONS = "latents", "conditions"
+_REFERENCE = "<reference>"
 OVERLAP_FRAMES = 2 * FRAMES_PER_SECOND  # far more than the 0.3 s that one latent frame of the VAE hears on each side
 
 
@@ -111,6 +114,10 @@ class _Prompts:
     """Lyrics prompts under "lyrics" and, if there are any, "instrumental" for none and "window.<n>.lyrics"."""
 
 
+def _names(file: Path | None) -> list[str]:
+    return [] if file is None else [file.name]
+
+
 def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     """Write or bring up to date the dataset of a folder of songs.
 
@@ -156,7 +163,13 @@ def _update(
         log.warning("%s is left out: %s", printable(name), printable(reason))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
-    latents = _encode_songs(config, checkpoint, listing.songs, fingerprints["vae"], device, summary)
+    to_encode = listing.songs + _reference_song(config.reference)
+    latents = _encode_songs(config, checkpoint, to_encode, fingerprints["vae"], device, summary)
+    summary.changed.discard(_REFERENCE)
+    if _REFERENCE in summary.failed:
+        raise UserError(f"reference={config.reference} cannot be used: {summary.failed[_REFERENCE]}")
+    reference = latents.pop(_REFERENCE, None)
+    references = latents if config.reference == "song" else dict.fromkeys(latents, reference)
     about_latents = {name: _about_latents(file) for name, file in latents.items()}
     num_frames = {name: frames for name, (frames, _) in about_latents.items()}
 
@@ -165,10 +178,12 @@ def _update(
     silence = checkpoint.silence()[:REFERENCE_FRAMES]
     encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
     conditions = {
-        name: folder / CONDITIONS / f"{_key(prompt.texts, prompt.lyrics, encoders)}.safetensors"
+        name: folder
+        / CONDITIONS
+        / f"{_key(prompt.texts, prompt.lyrics, encoders, *_names(references[name]))}.safetensors"
         for name, prompt in prompts.items()
     }
-    _encode_prompts(checkpoint, prompts, conditions, silence, device, dtype, summary)
+    _encode_prompts(checkpoint, prompts, conditions, references, silence, device, dtype, summary)
     about_conditions = {name: _about_conditions(file) for name, file in conditions.items()}
 
     songs = [song for song in songs if song.name in conditions]
@@ -235,7 +250,34 @@ def encode_latents(vae: Any, audio: Tensor, *, tile_seconds: float, generator: t
     return (mean + std * torch.randn(mean.shape, generator=generator)).T.contiguous()
 
 
+def reference_frames(latents: Tensor) -> Tensor:
+    """Take the reference audio from a song's latents: ten seconds from the middle of each third, as 30 seconds.
+
+    ACE-Step's inference takes ten seconds from a random place of each third; a shorter song is repeated first.
+
+    Args:
+        latents: (T, 64).
+
+    Returns:
+        (750, 64).
+    """
+    length = REFERENCE_FRAMES // 3
+    latents = latents.repeat(math.ceil(REFERENCE_FRAMES / len(latents)), 1)
+    third = len(latents) // 3
+    starts = [part * third + (third - length) // 2 for part in range(3)]
+    return torch.cat([latents[start : start + length] for start in starts])
+
+
 # first pass: audio
+
+
+def _reference_song(reference: str) -> list[Song]:
+    """The audio file that all songs take for their reference, as a song without words; none for the other choices."""
+    if reference in ("silence", "song"):
+        return []
+    if not Path(reference).is_file():
+        raise UserError(f"reference={reference} must be silence, song, or an audio file: {describe(Path(reference))}")
+    return [Song(path=Path(reference), name=_REFERENCE)]
 
 
 def _encode_songs(
@@ -336,6 +378,7 @@ def _encode_prompts(
     checkpoint: Checkpoint,
     prompts: dict[str, _Prompts],
     files: dict[str, Path],
+    references: Mapping[str, Path | None],
     silence: Tensor,
     device: torch.device,
     dtype: torch.dtype,
@@ -358,10 +401,12 @@ def _encode_prompts(
         texts = {key: ids(key, text, MAX_TEXT_TOKENS) for key, text in prompts[name].texts.items()}
         lyrics = {key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items()}
         parts: dict[str, Tensor] = {}
+        file = references[name]
+        reference = silence if file is None else reference_frames(load_file(file)["latents"])
         # lyrics, reference and text do not see each other, so that any pair will do
         for (text, text_ids), (lyric, lyric_ids) in _pairs(texts, lyrics):
             condition = encode_condition(
-                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=silence
+                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=reference
             )
             num_lyrics = lyric_ids.shape[1]
             parts[lyric], parts["reference"] = condition[:num_lyrics], condition[num_lyrics : num_lyrics + 1]
@@ -421,6 +466,7 @@ def _settings(config: PreprocessConfig, listing: SongList, dtype: torch.dtype) -
         "language": config.language,
         "max_song_seconds": config.max_song_seconds,
         "window_seconds": config.window_seconds,
+        "reference": config.reference,
         "seed": config.seed,
         "dtype": str(dtype).removeprefix("torch."),
     }
