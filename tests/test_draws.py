@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts, PromptShares
 from sidestep.data.dataset import SongDataset, collate
 from sidestep.data.loader import read_batches
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
 from sidestep.errors import UserError
+from tests.factories import run_training, write_dataset
 
 PARTS = ("lyrics", "instrumental", "reference", "caption", "genre", "tag")
 
@@ -188,6 +189,33 @@ def test_every_second_batch_is_of_the_prior_dataset(make):
         assert batch.weights is None if number % 2 == 0 else (batch.weights == 0.25).all()
     assert Counter(song for batch in batches[::2] for song in batch.songs) == {0: 10, 1: 10, 2: 10}
     assert Counter(song for batch in batches[1::2] for song in batch.songs) == dict.fromkeys(range(3, 8), 6)
+
+
+def test_a_run_of_two_datasets_in_batches_goes_on_as_if_it_had_not_stopped(tmp_path, checkpoint_dir):
+    own = write_dataset(tmp_path / "own", checkpoint_dir, lengths=[60, 24, 38, 50, 31])
+    prior = write_dataset(tmp_path / "prior", checkpoint_dir, lengths=[44, 28, 61])
+    settings = (
+        f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={own}", f"prior_dataset_dir={prior}", "data.prior_weight=0.5",
+        "vram_profile.batch_size=2", "vram_profile.max_seconds=1.5", "max_epochs=null",
+    )  # fmt: skip
+    whole = run_training(tmp_path / "whole", *settings, "max_steps=5")
+    run_training(tmp_path / "parts", *settings, "max_steps=3")
+    assert run_training(tmp_path / "parts", *settings, "max_steps=5") == whole
+    one, other = (load_file(tmp_path / run / "final/adapter_model.safetensors") for run in ("whole", "parts"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    without = run_training(tmp_path / "without", *(s for s in settings if "prior" not in s), "max_steps=5")
+    assert without != whole
+
+
+def test_every_text_of_every_song_is_checked_before_training(make):
+    folder = make((250, {"is_timed": True}), window_seconds=4.0)
+    open_dataset(folder).check_tensors()
+    file = folder / "conditions/0.safetensors"
+    parts = load_file(file)
+    for damaged in ("tag", "window.genre", "window.2.lyrics", "instrumental"):
+        save_file(parts | {damaged: torch.full((1, 8), torch.nan)}, file)
+        with pytest.raises(UserError, match=r"conditions/0\.safetensors of data0\.wav holds NaN or infinity"):
+            open_dataset(folder).check_tensors()
 
 
 def test_datasets_with_other_windows_do_not_go_together(make):

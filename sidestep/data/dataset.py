@@ -250,8 +250,13 @@ class SongDataset(Dataset[Example]):
         Raises:
             UserError: naming the first file that is damaged, of the wrong shape, or not finite.
         """
-        for number, song in enumerate(self.songs):
-            self.excerpt(number, 0, song.num_frames)
+        for (source, index), song in zip(self._places, self.songs, strict=True):
+            source.latents(index, 0, song.num_frames)
+            source.condition(index, song.prompt, window=None, sings=False)
+            windows = range(len(self._window_starts(song) or []))
+            for window in (None, *windows):
+                for prompt in song.prompts:
+                    source.condition(index, prompt, window=window, sings=True)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when what is trained on changes."""

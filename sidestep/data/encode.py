@@ -212,6 +212,8 @@ def _update(
     summary.truncated = {name: cuts for name, (_, cuts) in about_conditions.items() if cuts}
     summary.silent = [song.name for song in songs if about_latents[song.name][1] < SILENT_PEAK]
     summary.missing, summary.notes = listing.missing, listing.notes
+    if config.window_seconds is None and (timed := sum(bool(song.timed_lyrics) for song in songs)):
+        summary.notes.append(f"{timed} songs have lyrics with times, which window_seconds=60 would tell with each part")
     if was_for not in (None, config.model_variant.name):
         summary.notes.append(f"the dataset was for model_variant={was_for} and is now for {config.model_variant.name}")
     summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
