@@ -258,7 +258,7 @@ def test_a_song_with_bad_words_is_left_out_with_every_mistake_by_file_and_key(fo
         ],
         "b.wav": ["b.lyrics.txt: lyrics must be text without control characters"],
         "c.wav": ["c.json is not JSON"],
-        "d.wav": ["dataset.json entry 0: bpm must be", "d.caption.txt cannot be read as UTF-8"],
+        "d.wav": ["dataset.json entry 0 of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
         "e.wav": [
             "e.wav: prompt_override is genre, but the song has no genre",
             "e.json: caption must be text without control characters",

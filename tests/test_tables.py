@@ -118,9 +118,9 @@ def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
     assert listing.missing == ["gone.wav"]
     csv, jsonl = root / "metadata.csv", root / "live/metadata.jsonl"
     for key, reason in {
-        "One Love.wav": f"{csv} line 2: bpm must be a number of beats per minute above 0, it is 'fast'",
-        "live/three.mp3": f"{csv} line 6: repeat must be a whole number of at least 1, it is '0'",
-        "live/02 - Two_hearts.flac": f"{jsonl} line 1: weight must be a number above 0, it is '-1'",
+        "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute above 0, it is 'fast'",
+        "live/three.mp3": f"{csv} line 6 of live/three.mp3: repeat must be a whole number of at least 1, it is '0'",
+        "live/02 - Two_hearts.flac": "line 1 of live/02 - Two_hearts.flac: weight must be a number above 0, it is '-1'",
         f"{csv} line 5": "it has 5 values for 4 columns; a value with ',' in it is written in quotes",
         f"{jsonl} line 2": "is not JSON",
         f"{jsonl} line 3": "it must be an object",
@@ -324,7 +324,10 @@ def test_nothing_is_written_over_words_that_cannot_be_read(folder, capsys):
     root = folder({"songs.jsonl": '{"audio": "One Love.wav", "bpm": "fast"}\n'})
     with pytest.raises(UserError, match=r"songs\.jsonl is not written while 1 songs or entries cannot be used"):
         list_songs(songs_config(f"audio_dir={root}", "write=true"))
-    assert f"cannot be used: One Love.wav: {root / 'songs.jsonl'} line 1: bpm must be" in capsys.readouterr().out
+    assert (
+        f"cannot be used: One Love.wav: {root / 'songs.jsonl'} line 1 of One Love.wav: bpm must be"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_songs_of_a_dataset_folder_are_not_taken_for_words(folder):

@@ -114,7 +114,7 @@ def read_songs(
         if file_tags and not final:
             merge(song, read_tags(song.path), "file tags", f"tags of {song.name}", problems)
         for table, entry in final or entries:
-            merge(song, entry.values, table.path.name, entry.where, problems)
+            merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
         if not final:
             for words, sidecar in _read_sidecars(song, paths, listing.notes, problems):
                 merge(song, words, "sidecar", str(sidecar), problems)
