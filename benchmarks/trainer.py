@@ -65,7 +65,14 @@ def write_dataset(folder: Path, config: TrainConfig, songs: int, seconds: float)
         condition = {key: torch.randn(rows, width, generator=generator).half() for key, rows in parts.items()}
         save_file(condition, folder / conditions)
         records.append(
-            SongRecord(audio=f"{i}.wav", latents=latents, conditions=conditions, prompt="caption", num_frames=frames)
+            SongRecord(
+                audio=f"{i}.wav",
+                latents=latents,
+                conditions=conditions,
+                prompt="caption",
+                num_frames=frames,
+                is_instrumental=True,
+            )  # fmt: skip
         )
     info = DatasetInfo(
         model_variant="base",
