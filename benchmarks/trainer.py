@@ -72,7 +72,7 @@ def write_dataset(folder: Path, config: TrainConfig, songs: int, seconds: float)
                 prompt="caption",
                 num_frames=frames,
                 is_instrumental=True,
-            )  # fmt: skip
+            )
         )
     info = DatasetInfo(
         model_variant="base",
