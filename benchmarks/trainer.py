@@ -61,9 +61,18 @@ def write_dataset(folder: Path, config: TrainConfig, songs: int, seconds: float)
     for i in range(songs):
         latents, conditions = f"latents/{i}.safetensors", f"conditions/{i}.safetensors"
         save_file({"latents": torch.randn(frames, 64, generator=generator).half()}, folder / latents)
-        save_file({"caption": torch.randn(CONDITION_TOKENS, width, generator=generator).half()}, folder / conditions)
+        parts = {"lyrics": CONDITION_TOKENS - 100, "reference": 1, "caption": 99}
+        condition = {key: torch.randn(rows, width, generator=generator).half() for key, rows in parts.items()}
+        save_file(condition, folder / conditions)
         records.append(
-            SongRecord(audio=f"{i}.wav", latents=latents, conditions=conditions, prompt="caption", num_frames=frames)
+            SongRecord(
+                audio=f"{i}.wav",
+                latents=latents,
+                conditions=conditions,
+                prompt="caption",
+                num_frames=frames,
+                is_instrumental=True,
+            )
         )
     info = DatasetInfo(
         model_variant="base",

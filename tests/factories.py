@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 import sidestep.config.naming  # noqa: F401
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters import AdapterConfig
+from sidestep.config.data import SongsConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
 from sidestep.config.settings import (
+    AnalyzeConfig,
     ExportConfig,
     GenerateConfig,
     InspectConfig,
@@ -106,10 +108,17 @@ def write_dataset(
             1, 64, generator=generator
         )  # each song has a colour of its own, so that there is something to learn
         save_file({"latents": (base + 0.3 * torch.randn(length, 64, generator=generator)).half()}, folder / latents)
-        save_file({"caption": torch.randn(5 + i, width, generator=generator)}, folder / conditions)
+        tokens = torch.randn(5 + i, width, generator=generator)
+        parts = {"lyrics": tokens[:2], "reference": tokens[2:3], "caption": tokens[3:]}
+        save_file({key: part.contiguous() for key, part in parts.items()}, folder / conditions)
         songs.append(
             SongRecord(
-                audio=f"song{i}.wav", latents=latents, conditions=conditions, prompt="caption", num_frames=length
+                audio=f"song{i}.wav",
+                latents=latents,
+                conditions=conditions,
+                prompt="caption",
+                num_frames=length,
+                is_instrumental=True,
             )
         )
     info = DatasetInfo(
@@ -145,6 +154,17 @@ def inspect_config(*overrides: str) -> InspectConfig:
 def report_config(*overrides: str) -> ReportConfig:
     """The config of ``python -m sidestep.report``."""
     return to_dataclass(compose_or_explain("report", [*overrides]), ReportConfig)
+
+
+def analyze_config(*overrides: str) -> AnalyzeConfig:
+    """The config of ``python -m sidestep.analyze``."""
+    typed = ["device=cpu", "model_variant=base", "dataset_dir=data", *overrides]
+    return to_dataclass(compose_or_explain("analyze", typed), AnalyzeConfig)
+
+
+def songs_config(*overrides: str) -> SongsConfig:
+    """The config of ``python -m sidestep.songs``."""
+    return to_dataclass(compose_or_explain("songs", [*overrides]), SongsConfig)
 
 
 def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: str = "base") -> Path:

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from benchmarks import step, trainer
+from benchmarks import loader, step, trainer
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
@@ -53,3 +53,15 @@ def test_the_trainer_is_compared_with_the_bare_loop(tmp_path, monkeypatch, capsy
     assert row["adapter"] == "lora"
     assert row["ratios"] == [row["ratio"]]
     assert f"| lora | {row['bare_seconds']:.3f} | {row['ratio']:.3f} |" in capsys.readouterr().out
+
+
+def test_the_loader_is_measured_on_songs_in_real_sizes(tmp_path, capsys):
+    out = tmp_path / "loader.json"
+    loader.main(["--songs", "2", "--examples", "4", "--listed", "50", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert [row["excerpt_seconds"] for row in results["reading"]] == [30, 60, 60, 240]
+    assert results["opening"]["songs"] == 50
+    room = results["room"]
+    assert room["instrumental"]["times_less"] > 4  # 85 of 769 tokens are there, and no context
+    assert room["sung"]["mb_per_minute"] < room["densely sung"]["mb_per_minute"]
+    assert "MB per minute" in capsys.readouterr().out

@@ -14,11 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.generate import quote_words
 from tests.factories import (
+    analyze_config,
     export_config,
     generate_config,
     inspect_config,
     preprocess_config,
     report_config,
+    songs_config,
     train_config,
 )
 
@@ -41,7 +43,10 @@ def test_commands_were_found():
 
 
 @pytest.mark.parametrize(("page", "command", "arguments"), COMMANDS)
-def test_every_command_in_the_docs_is_accepted(page, command, arguments):
+def test_every_command_in_the_docs_is_accepted(page, command, arguments, tmp_path, monkeypatch):
+    (tmp_path / "data/songs").mkdir(parents=True)
+    (tmp_path / "data/songs/rank_pattern.json").write_text('{"rank_pattern": {}}')  # the one file that is read so early
+    monkeypatch.chdir(tmp_path)
     words = [
         word for word in quote_words(shlex.split(arguments)) if word not in ("-m", "...", "--help", "--cfg", "job")
     ]
@@ -59,6 +64,8 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments):
         "export": (export_config, ["adapter_dir=final", "format=lora"]),
         "inspect": (inspect_config, []),
         "report": (report_config, []),
+        "analyze": (analyze_config, []),
+        "songs": (songs_config, ["audio_dir=songs"]),
     }[command]
     compose(*required, *words)
 

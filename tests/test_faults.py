@@ -93,10 +93,10 @@ def test_a_dataset_that_changes_under_a_run_does_not_change_the_run_and_is_refus
 def test_one_value_that_is_not_finite_is_found_and_named_before_training(work, file, key, value):
     """In the last frame of the last song, where the first excerpts do not come."""
     path = work / f"data/{file}.safetensors"
-    tensor = load_file(path)[key].clone()
-    tensor[-1, -1] = value
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors[key][-1, -1] = value
     path.unlink()
-    save_file({key: tensor}, path)
+    save_file(tensors, path)
     with pytest.raises(UserError, match=rf"{file}.safetensors of song3.wav holds NaN or infinity"):
         run_training(work / "run", f"dataset_dir={work}/data", f"checkpoint_dir={work}/checkpoints", "max_epochs=1")
     assert list((work / "run").rglob("*.json*")) == []

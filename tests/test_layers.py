@@ -11,7 +11,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sidestep"
 
 # from the ground up; a module may import from its own line and those above it
 LAYERS = [
-    ["", "errors", "times", "files", "processes", "seeds", "devices", "config.schema", "config.cluster", "config"],
+    [
+        "",
+        "errors",
+        "times",
+        "files",
+        "processes",
+        "seeds",
+        "devices",
+        "config.schema",
+        "config.cluster",
+        "config.data",
+        "config",
+    ],
     [
         "acestep.keymap",
         "acestep.quantization",
@@ -28,7 +40,7 @@ LAYERS = [
     ["config.evaluation"],
     ["config.settings"],
     ["config.naming", "config.gate", "config.help"],
-    ["acestep.*", "data.manifest", "data.audio", "data.songs", "data.sampler", "data.dataset", "data.loader", "data"],
+    ["acestep.*", "data.*", "data"],
     ["training.state", "training.tracking", "training.signals"],
     ["inference.*", "inference"],
     ["exporting.*", "exporting"],
@@ -38,7 +50,7 @@ LAYERS = [
     ["reporting.*", "reporting", "sweep"],
     ["slurm"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect", "report", "doctor"],
+    ["train", "preprocess", "generate", "export", "inspect", "report", "doctor", "songs", "analyze"],
 ]
 
 

@@ -44,7 +44,7 @@ def test_three_steps_equal_the_same_steps_written_by_hand(tmp_path, checkpoint_d
     adapter = config.adapter.attach(transformer)
     parameters = list(adapter.parameters())
     silence, null_condition = checkpoint.silence(), checkpoint.null_condition()
-    dataset = SongDataset(data, max_seconds=2, seed=5)
+    dataset = SongDataset(data, max_seconds=2, seed=5, batch_size=3)
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
     factors = [1.0, 1.0, 0.01]  # warm-up of one step, then half a cosine over two
     num_dropped = 0

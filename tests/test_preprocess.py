@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from mutagen.flac import FLAC
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
@@ -21,8 +23,8 @@ from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode
-from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess
-from sidestep.data.manifest import read_manifest
+from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
+from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
 from sidestep.files import _HOST, alone_in
 from tests.audio_files import write
@@ -135,7 +137,8 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
         latents = load_file(folder / record.latents)["latents"]
         assert latents.shape == (record.num_frames, 64)
         assert latents.dtype is torch.float16
-    assert set(load_file(folder / records["b/two.flac"].conditions)) == {"caption", "genre"}
+    parts = {"lyrics", "instrumental", "reference", "caption", "genre"}
+    assert set(load_file(folder / records["b/two.flac"].conditions)) == parts
     lines = summary.lines()
     assert lines[0] == f"3 songs in {folder}: 3 encoded now, 0 unchanged"
     assert lines[1].endswith("44 latent frames; captions: 2 from sidecar, 1 from file name")
@@ -180,7 +183,112 @@ def test_stored_conditions_are_those_of_a_direct_encoding(config, songs, checkpo
         condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
         silence=checkpoint.silence(),
     )
-    assert torch.equal(load_file(folder / records["a/one.wav"].conditions)["caption"], expected)
+    parts = load_file(folder / records["a/one.wav"].conditions)
+    assert torch.equal(torch.cat([parts["lyrics"], parts["reference"], parts["caption"]]), expected)
+
+
+def test_each_window_is_told_its_own_lyrics_and_duration(config, songs, checkpoint):
+    write(songs / "c.wav", noise(2.5), 48_000)
+    words(songs / "c.lrc", "[Verse]\n[00:00.20]early\n[00:01.90]late")
+    words(songs / "c.json", '{"repeat": 2, "weight": 0.5, "custom_tag": "zyx"}')
+    preprocess(replace(config, window_seconds=1.0))
+    info, records, folder = read(config)
+    record = records["c.wav"]
+    assert info.settings["window_seconds"] == 1
+    assert (record.is_timed, record.repeat, record.weight, record.prompts) == (True, 2, 0.5, ["caption", "tag"])
+    parts = load_file(folder / record.conditions)
+    tokenizer, text_encoder = checkpoint.load_text_encoder(device=CPU, dtype=torch.float32)
+    for window, sung in enumerate(["[Verse]\nearly", "", "[Verse]\nlate"]):
+        expected = encode_condition(
+            tokenize(tokenizer, caption_prompt("zyx", bpm=None, timesignature="", keyscale="", duration=1), 256)[0],
+            tokenize(tokenizer, lyrics_prompt(sung, "unknown"), 2048)[0],
+            text_encoder=text_encoder,
+            condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
+            silence=checkpoint.silence(),
+        )
+        keys = condition_keys(record, "tag", window=window, sings=True)
+        assert torch.equal(torch.cat([parts[key] for key in keys]), expected)
+    assert not any(key.startswith("window") for key in load_file(folder / records["a/one.wav"].conditions))
+
+
+@pytest.mark.parametrize("reference", ["song", "voice.wav"])
+def test_a_reference_replaces_silence_and_costs_no_new_latents(config, songs, checkpoint, loads, tmp_path, reference):
+    preprocess(config)
+    before = read(config)[1]
+    loads.clear()
+    if reference != "song":
+        write(tmp_path / reference, noise(1.2, seed=5), 48_000)
+        reference = str(tmp_path / reference)
+    summary = preprocess(replace(config, reference=reference))
+    assert loads == (["vae"] if reference != "song" else []) + ["text_encoder", "condition_encoder"]
+    assert summary.changed == set(before)
+    _, records, folder = read(config)
+    references = []
+    for name, record in records.items():
+        assert record.latents == before[name].latents
+        old, new = load_file(folder / before[name].conditions), load_file(folder / record.conditions)
+        assert torch.equal(old["lyrics"], new["lyrics"])
+        assert torch.equal(old["caption"], new["caption"])
+        assert not torch.allclose(old["reference"], new["reference"])
+        references.append(new["reference"])
+    assert torch.equal(references[0], references[1]) == (reference != "song")
+    assert not preprocess(replace(config, reference=reference)).changed
+
+
+def test_a_reference_is_ten_seconds_of_each_third():
+    latents = torch.arange(6000.0).view(-1, 1).expand(-1, 64)
+    frames = reference_frames(latents)[:, 0].tolist()
+    assert frames == [*range(875, 1125), *range(2875, 3125), *range(4875, 5125)]
+    assert reference_frames(latents[:100]).shape == (750, 64)
+
+
+def test_a_reference_that_is_no_audio_is_refused(config, songs, tmp_path):
+    with pytest.raises(UserError, match=r"reference=gone\.wav must be silence, song, or an audio file: it does not"):
+        preprocess(replace(config, reference="gone.wav"))
+    words(tmp_path / "text.wav", "no sound")
+    with pytest.raises(UserError, match=r"reference=.*text\.wav cannot be used: .* cannot be read as audio"):
+        preprocess(replace(config, reference=str(tmp_path / "text.wav")))
+
+
+def test_every_dialect_reaches_the_text_that_the_model_reads(config, tmp_path):
+    root = tmp_path / "songs"
+    names = ["acestep", "csv", "jsonl", "folder/hf", "lrc", "side", "tagged", "dataset"]
+    for index, name in enumerate(names):
+        write(root / f"{name}.flac", noise(0.2, seed=index), 48_000)
+    words(root / "acestep.caption.txt", "from acestep")
+    words(root / "key_bpm.csv", "File,BPM,Key\ncsv.flac,101,8A\n")
+    words(root / "metadata.jsonl", '{"file_name": "jsonl.flac", "text": "from jsonl", "bpm": 102}\n')
+    words(root / "folder/metadata.csv", "file_name,text,bpm\nhf.flac,from hf,103\n")
+    words(root / "lrc.lrc", "[00:00.01]sung line")
+    words(root / "side.txt", "caption: from side\nbpm: 104\nlyrics: side lyrics")
+    tags = FLAC(root / "tagged.flac")
+    tags.update({"title": "from tags", "bpm": "105"})
+    tags.save()
+    words(root / "dataset.json", json.dumps([{"filename": "dataset.flac", "caption": "from builder", "bpm": 106}]))
+    words(root / "songs.jsonl", '{"audio": "csv.flac", "caption": "from songs", "bpm": 107}\n')
+    assert not preprocess(config).failed
+    _, records, folder = read(config)
+    for name, parts in {
+        "acestep": ["# Caption\nfrom acestep\n"],
+        "csv": ["# Caption\nfrom songs\n", "- bpm: 107\n", "- keyscale: N/A\n"],
+        "jsonl": ["# Caption\nfrom jsonl\n", "- bpm: 102\n"],
+        "folder/hf": ["# Caption\nfrom hf\n", "- bpm: 103\n"],
+        "lrc": ["# Lyric\nsung line<|endoftext|>"],
+        "side": ["# Caption\nfrom side\n", "- bpm: 104\n", "# Lyric\nside lyrics<|endoftext|>"],
+        "tagged": ["# Caption\nfrom tags\n", "- bpm: 105\n"],
+        "dataset": ["# Caption\nfrom builder\n", "- bpm: 106\n"],
+    }.items():
+        with safe_open(folder / records[f"{name}.flac"].conditions, framework="pt") as conditions:
+            read_by_the_model = "".join(json.loads(conditions.metadata()["texts"]).values())
+        for part in parts:
+            assert part in read_by_the_model, name
+
+
+def test_another_tag_costs_only_the_text_encoders(config, songs, loads):
+    preprocess(config)
+    loads.clear()
+    preprocess(replace(config, custom_tag="zyx"))
+    assert loads == ["text_encoder", "condition_encoder"]
 
 
 def test_stored_latents_are_the_same_whatever_the_order_of_songs(config, songs, tmp_path):
@@ -205,7 +313,7 @@ def test_the_tag_goes_into_what_the_model_reads_but_not_into_the_record(
     seen = []
     monkeypatch.setattr(encode, "tokenize", lambda *args: seen.append(args[1]) or tokenize(*args))
     preprocess(replace(config, custom_tag="zyx", tag_position=TagPosition(position)))
-    assert f"\n# Caption\n{caption}\n\n" in seen[1]
+    assert f"\n# Caption\n{caption}\n\n" in seen[0]
     assert read(config)[1]["x.wav"].caption == "cap"
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from sidestep.data.sampler import MicroBatchSampler, SongOrder, excerpt_at
+from sidestep.data.sampler import (
+    MicroBatchSampler,
+    SongOrder,
+    excerpt_length,
+    excerpt_start,
+    window_at,
+    window_starts,
+)
 from sidestep.seeds import derive_seed
 
 
@@ -28,25 +36,99 @@ def test_another_seed_gives_another_order():
     assert [SongOrder(20, seed=0)[i] for i in range(20)] != [SongOrder(20, seed=1)[i] for i in range(20)]
 
 
+def test_a_song_comes_as_often_in_an_epoch_as_it_should_and_its_visits_are_counted():
+    order = SongOrder(3, seed=1, repeats=[1, 3, 2])
+    assert len(order) == 6
+    visits = [order.visit(position) for position in range(12)]
+    assert Counter(song for song, _ in visits[:6]) == {0: 1, 1: 3, 2: 2}
+    assert sorted(visits) == [(song, visit) for song, often in enumerate([2, 6, 4]) for visit in range(often)]
+
+
+def padding(order, lengths, batch_size, batches):
+    """Share of a number of batches that is padding."""
+    padded = real = 0
+    for batch in range(batches):
+        longest = [lengths[order[batch * batch_size + i]] for i in range(batch_size)]
+        padded, real = padded + max(longest) * batch_size, real + sum(longest)
+    return 1 - real / padded
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 8])
+def test_batches_of_songs_of_any_length_have_little_padding(batch_size):
+    lengths = np.random.default_rng(0).lognormal(8.3, 0.4, 300).astype(int).tolist()
+    order = SongOrder(300, 0, lengths=lengths, batch_size=batch_size)
+    assert (
+        padding(order, lengths, batch_size, 500 // batch_size * 2)
+        < 0.05
+        < padding(SongOrder(300, 0), lengths, batch_size, 500 // batch_size * 2)
+    )
+
+
+@pytest.mark.parametrize(("num_songs", "batch_size"), [(300, 8), (301, 8), (7, 4), (5, 8), (3, 8), (1, 3)])
+def test_buckets_keep_every_song_in_every_epoch(num_songs, batch_size):
+    lengths = np.random.default_rng(1).integers(100, 6000, num_songs).tolist()
+    order = SongOrder(num_songs, 2, lengths=lengths, batch_size=batch_size)
+    epochs = [[order[epoch * num_songs + i] for i in range(num_songs)] for epoch in range(9)]
+    assert all(sorted(epoch) == list(range(num_songs)) for epoch in epochs)
+    again = SongOrder(num_songs, 2, lengths=lengths, batch_size=batch_size)
+    assert [again[i] for i in reversed(range(9 * num_songs))] == [song for epoch in epochs for song in epoch][::-1]
+
+
+def test_batches_of_a_bucket_have_other_songs_in_every_epoch():
+    order = SongOrder(64, 0, lengths=[1500] * 64, batch_size=4)
+    batches = [{frozenset(order[e * 64 + b * 4 + i] for i in range(4)) for b in range(16)} for e in range(2)]
+    assert not batches[0] & batches[1]
+
+
 @pytest.mark.parametrize(("num_frames", "max_seconds"), [(1000, 4), (101, 4), (100, 4), (99, 4), (2, 4), (3, 0.08)])
 def test_excerpts_are_even_inside_the_song_and_no_longer_than_allowed(num_frames, max_seconds):
-    for position in range(200):
-        start, length = excerpt_at(num_frames, max_seconds, 0, position)
-        assert length % 2 == 0
-        assert 2 <= length <= max(2, max_seconds * 25)
+    length = excerpt_length(num_frames, max_seconds)
+    assert length % 2 == 0
+    assert 2 <= length <= max(2, max_seconds * 25)
+    for visit in range(200):
+        start = excerpt_start(num_frames, length, seed=0, song=3, visit=visit)
         assert 0 <= start <= num_frames - length
 
 
-def test_excerpts_start_everywhere_equally_often():
-    starts = Counter(excerpt_at(104, 4, 0, position)[0] for position in range(5000))
-    assert set(starts) == {0, 1, 2, 3, 4}
-    assert all(abs(count - 1000) < 150 for count in starts.values())
+@pytest.mark.parametrize(("num_frames", "length"), [(6000, 1500), (1600, 1500), (5000, 250), (2999, 1500)])
+def test_few_visits_already_see_all_of_a_song_evenly(num_frames, length):
+    """Each frame as often as its share, up to twice that near the ends, and two visits more or less."""
+    visits = 4 * (num_frames // length + 1)
+    for song in range(20):
+        seen = np.zeros(num_frames, dtype=int)
+        for visit in range(visits):
+            start = excerpt_start(num_frames, length, seed=0, song=song, visit=visit)
+            seen[start : start + length] += 1
+        share = visits * length / (num_frames + length)
+        assert seen.min() >= share - 2
+        assert seen.max() <= 2 * share + 2 or num_frames < 2 * length  # of a short song, the middle is always seen
+
+
+def test_another_song_or_seed_starts_elsewhere():
+    starts = {
+        (seed, song): excerpt_start(9000, 500, seed=seed, song=song, visit=0) for seed in (0, 1) for song in (0, 1)
+    }
+    assert len(set(starts.values())) == 4
 
 
 @pytest.mark.parametrize(("num_frames", "max_seconds"), [(1, 4), (100, 0.05)])
 def test_an_excerpt_without_a_patch_is_refused(num_frames, max_seconds):
     with pytest.raises(ValueError, match="an excerpt needs 2 frames"):
-        excerpt_at(num_frames, max_seconds, 0, 0)
+        excerpt_length(num_frames, max_seconds)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "starts"), [(40, [0]), (100, [0]), (101, [0, 1]), (250, [0, 75, 150]), (300, [0, 100, 200])]
+)
+def test_windows_cover_a_song_to_its_end(num_frames, starts):
+    assert window_starts(num_frames, 100) == starts
+
+
+def test_windows_take_turns():
+    visits = [window_at(5, seed=0, song=0, visit=visit) for visit in range(20)]
+    turns = [visits[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(turn) == [0, 1, 2, 3, 4] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -107,7 +107,7 @@ def test_a_txt_without_keys_is_lyrics_alone(folder, text):
 @pytest.mark.parametrize("key", ["C major", "f# minor", "Bb", "A-flat major", "Am", "D \u266d minor"])
 def test_a_txt_may_hold_nothing_but_the_key(folder, key):
     song = only_song(folder({"x.wav": "", "x.txt": f"key: {key}\n"}))
-    assert (song.keyscale, song.lyrics) == (key, "")
+    assert (song.keyscale, song.lyrics) == ({"Bb": "Bb major", "Am": "A minor"}.get(key, key), "")
 
 
 def test_only_what_can_be_a_keys_value_ends_the_lyrics(folder):
@@ -214,10 +214,9 @@ def test_the_genre_ratio_chooses_songs_and_a_songs_own_choice_wins(folder):
 def test_words_without_effect_are_noted(folder):
     words = {"is_instrumental": True, "lyrics": "la la", "repeat": 3, "caption": "x"}
     listing = read_songs(folder({"x.wav": "", "x.json": words}))
-    assert listing.songs[0].lyrics == ""
+    assert (listing.songs[0].lyrics, listing.songs[0].repeat) == ("", 3)
     assert listing.notes == [
         "marked instrumental, so their lyrics are not used: x.wav",
-        "ask to be repeated; every song counts once here: x.wav",
     ]
 
 
@@ -259,7 +258,7 @@ def test_a_song_with_bad_words_is_left_out_with_every_mistake_by_file_and_key(fo
         ],
         "b.wav": ["b.lyrics.txt: lyrics must be text without control characters"],
         "c.wav": ["c.json is not JSON"],
-        "d.wav": ["dataset.json entry of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
+        "d.wav": ["dataset.json entry 0 of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
         "e.wav": [
             "e.wav: prompt_override is genre, but the song has no genre",
             "e.json: caption must be text without control characters",

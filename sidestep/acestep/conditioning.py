@@ -54,7 +54,8 @@ def encode_condition(
         lyric_ids: tokens of the lyrics prompt, (1, N).
         text_encoder: the Qwen3 model. Captions go through it without a mask; lyrics only through its embeddings.
         condition_encoder: diffusers' ``AceStepConditionEncoder``.
-        silence: the checkpoint's latents of silence, (S, 64); its first 30 seconds are the reference audio.
+        silence: latents whose first 30 seconds are the reference audio, (S, 64); of silence, unless a song is to be
+            imitated.
 
     Returns:
         The condition, (L, D), in the condition encoder's dtype and on its device.

@@ -43,6 +43,8 @@ class LoraConfig(LowRankConfig):
     # Any, because a typed dict cannot be overridden with keys that it does not have yet
     rank_pattern: Any = None
     """Other ranks for some modules, by name or ending: {q_proj:16}; the longest ending counts."""
+    rank_pattern_file: str | None = None
+    """File of python -m sidestep.analyze to take rank_pattern from."""
     alpha_pattern: Any = None
     """Other alphas for some modules, likewise."""
     dropout: float = 0.0
@@ -52,6 +54,11 @@ class LoraConfig(LowRankConfig):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter.dropout={self.dropout} must be at least 0 and below 1")
+        if self.rank_pattern_file is not None:
+            if self.rank_pattern:
+                raise UserError("adapter.rank_pattern_file already says what adapter.rank_pattern would; leave one out")
+            self.rank_pattern = read_rank_pattern(Path(self.rank_pattern_file))
+            self.rank_pattern_file = None  # what counts is what it says
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, (int,))
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, (int, float))
 
@@ -231,6 +238,25 @@ def peft_targets(config: AdapterConfig, paths: Mapping[str, Any]) -> list[str]:
     if config.attention is Attention.both:
         return sorted(set(config.target_modules))
     return sorted(paths)
+
+
+def read_rank_pattern(path: Path) -> Any:
+    """Read the ranks that ``python -m sidestep.analyze`` wrote.
+
+    Raises:
+        UserError: if the file is none of its.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"adapter.rank_pattern_file={path} cannot be read: {error}; make one with python -m sidestep.analyze"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("rank_pattern"), dict):
+        raise UserError(
+            f"adapter.rank_pattern_file={path} has no rank_pattern; make one with python -m sidestep.analyze"
+        )
+    return content["rank_pattern"]
 
 
 def _pattern(setting: str, value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from sidestep.config.gate import conf_dir
 ABOUT = {
     "train": "Train one adapter for ACE-Step 1.5, or with -m a sweep of them.",
     "preprocess": "Turn a folder of songs into a dataset to train on.",
+    "songs": "List, check and edit the words of a folder of songs, and write them as songs.jsonl.",
+    "analyze": "Measure how much each module matters on a dataset, and write ranks for adapter=lora.",
     "export": "Write an adapter in another form: for another player, as a LoRA, or merged into the model.",
     "inspect": "Say what an adapter is and what it was trained on, and draw where it acts.",
     "generate": "Text to music, with any number of adapters at any strength.",
@@ -44,13 +46,17 @@ IMPORTANT = {
         "dataset_dir",
         "checkpoint_dir",
         "metadata_file",
+        "file_tags",
         "custom_tag",
         "tag_position",
         "genre_ratio",
         "language",
         "max_song_seconds",
+        "window_seconds",
         "tile_seconds",
     ],
+    "analyze": ["dataset_dir", "checkpoint_dir", "output", "target_modules", "rank", "max_rank", "num_examples"],
+    "songs": ["audio_dir", "metadata_file", "file_tags", "only", "add_tag", "remove_tag", "fill", "write"],
     "export": [
         "adapter_dir",
         "format",
@@ -94,6 +100,15 @@ EXAMPLES = {
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs model_variant=base",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs custom_tag=mystyle",
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs metadata_file=songs/dataset.json",
+    ),
+    "analyze": (
+        "python -m sidestep.analyze dataset_dir=data/songs model_variant=base",
+        "python -m sidestep.analyze dataset_dir=data/songs model_variant=base num_examples=256 output=ranks.json",
+    ),
+    "songs": (
+        "python -m sidestep.songs audio_dir=songs",
+        "python -m sidestep.songs audio_dir=songs add_tag=mystyle only='live/*'",
+        "python -m sidestep.songs audio_dir=songs fill=true write=true",
     ),
     "generate": (
         'python -m sidestep.generate adapter_dir=outputs/first/lokr-base/final prompt="warm jazz, soft drums"',
@@ -176,7 +191,7 @@ def _owner(key: str, root: type[Any], chosen: dict[str, str]) -> type[Any]:
     group, _, _ = key.rpartition(".")
     if not group:
         return root
-    if group not in chosen:
+    if group not in chosen:  # settings of one kind that are no options to choose from
         return cast(type[Any], typing.get_type_hints(root)[group])
     schema = ConfigStore.instance().load(f"schema/{group}/{chosen[group]}.yaml").node
     return cast(type[Any], OmegaConf.get_type(schema))

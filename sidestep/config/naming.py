@@ -19,6 +19,7 @@ NOT_NAMED = (
     "name",
     "checkpoint_dir",
     "dataset_dir",
+    "prior_dataset_dir",
     "toy",
     "device",
     "log_dir",

@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
 from sidestep.config.cluster import SlurmConfig
+from sidestep.config.data import DataConfig
 from sidestep.config.evaluation import PreviewConfig, ValidationConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
@@ -155,13 +156,17 @@ class TrainConfig:
     """What is given up to fit in memory."""
     tracking: TrackingConfig = MISSING
     """Which service receives the numbers besides TensorBoard."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is drawn from each song."""
 
     name: str = MISSING
     """Folder of this run or sweep: outputs/<name>/<run>."""
     checkpoint_dir: str = MISSING
     """Folder that holds the ACE-Step checkpoints."""
     dataset_dir: str = MISSING
-    """Folder that python -m sidestep.preprocess made."""
+    """Folder that python -m sidestep.preprocess made, or one of tensor files of ACE-Step or Side-Step."""
+    prior_dataset_dir: str | None = None
+    """Dataset of other songs, trained on in every second batch so that the model does not forget them."""
     swept: list[str] = field(default_factory=list)
     """Filled in by -m: settings it gives several values that would not name a run otherwise, like dataset_dir."""
     cluster: SlurmConfig | None = None
@@ -239,6 +244,8 @@ class TrainConfig:
             )
         if self.resume is Resume.never and self.resume_from is not None:
             raise UserError(f"resume=never contradicts resume_from={self.resume_from}; leave one of them out")
+        if self.data.prior_weight != 1 and self.prior_dataset_dir is None:
+            raise UserError(f"data.prior_weight={self.data.prior_weight:g} has no effect without prior_dataset_dir=...")
         one_line(self, "name", "checkpoint_dir", "dataset_dir")
         filled(self, "name", "checkpoint_dir", "dataset_dir")
         if not self.name or self.name in (".", "..") or "/" in self.name or os.sep in self.name:
@@ -262,7 +269,9 @@ class PreprocessConfig:
     checkpoint_dir: str = MISSING
     """Folder that holds the ACE-Step checkpoints."""
     metadata_file: str | None = None
-    """dataset.json of ACE-Step's or Side-Step's dataset builder; by default audio_dir/dataset.json if it exists."""
+    """Table of songs (dataset.json, csv, tsv, jsonl) to read instead of those found in audio_dir."""
+    file_tags: bool = True
+    """Read title, genre, tempo, key and lyrics from the tags inside the files, where nothing else gives them."""
     shard: int | None = None
     """Which part of the songs to do, counted from 0; -m 'shard=range(0,8)' does all of eight."""
     num_shards: int | None = None
@@ -277,6 +286,10 @@ class PreprocessConfig:
     """Language of lyrics whose metadata does not name one."""
     max_song_seconds: float | None = None
     """Read no more than this much of each song; null reads all of it."""
+    reference: str = "silence"
+    """Reference audio: silence, as where inference is given none; song, the song itself; or an audio file for all."""
+    window_seconds: float | None = None
+    """Cut longer songs into windows, each with its own duration and, where lyrics carry times, its own lyrics."""
     tile_seconds: float = MISSING
     """Length of audio that the VAE encodes at once; memory grows with it, the result does not change."""
     seed: int = 0
@@ -296,10 +309,13 @@ class PreprocessConfig:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
         if self.max_song_seconds is not None and self.max_song_seconds < 0.08:
             raise UserError(f"max_song_seconds={self.max_song_seconds} must be at least 0.08, two latent frames")
+        if self.window_seconds is not None and not 1 <= self.window_seconds < float("inf"):
+            raise UserError(f"window_seconds={self.window_seconds:g} must be at least 1")
         if self.tile_seconds < 5:
             raise UserError(f"tile_seconds={self.tile_seconds} must be at least 5, since 4 s of each tile overlap")
         if self.device is Device.cpu and self.precision is Precision.fp16:
             raise UserError("precision=fp16 needs a GPU; on device=cpu use precision=fp32 or precision=bf16")
+        filled(self, "reference")
         one_line(self, "custom_tag", "language", "audio_dir", "dataset_dir", "checkpoint_dir")
         filled(self, "language", "audio_dir", "dataset_dir", "checkpoint_dir")
 
@@ -483,6 +499,50 @@ class ReportConfig:
         filled(self, "sweep_dir")
         if not self.inline_mb >= 0:
             raise UserError(f"inline_mb={self.inline_mb:g} must not be negative")
+
+
+@root("analyze_schema")
+@dataclass(kw_only=True)
+class AnalyzeConfig:
+    """How much each module matters on a dataset."""
+
+    model_variant: VariantConfig = MISSING
+    """Which model."""
+    timesteps: TimestepConfig = MISSING
+    """At which times it is measured."""
+
+    dataset_dir: str = MISSING
+    """Folder that python -m sidestep.preprocess made."""
+    checkpoint_dir: str = MISSING
+    """Folder that holds the ACE-Step checkpoints."""
+    output: str = MISSING
+    """File to write; a picture of the same name lies beside it."""
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Modules to measure, named as in adapter.target_modules."""
+    rank: int = MISSING
+    """Flat rank whose number of parameters is not exceeded."""
+    max_rank: int = MISSING
+    """No module gets more."""
+    num_examples: int = MISSING
+    """Excerpts to measure on, each at one time; more make the intervals narrower."""
+    max_seconds: float = MISSING
+    """Longest excerpt, in seconds."""
+    seed: int = 0
+    """Decides the excerpts, noise and times."""
+    device: Device = Device.auto
+    """auto takes a CUDA GPU, then Apple's, then the CPU; or cpu, cuda, mps."""
+    precision: Precision = Precision.auto
+    """auto is bf16 on a GPU and fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        filled(self, "dataset_dir", "checkpoint_dir", "output")
+        at_least(1, self, "rank")
+        at_least(2, self, "num_examples")
+        check_excerpt("max_seconds", self.max_seconds)
+        if self.max_rank < self.rank:
+            raise UserError(f"max_rank={self.max_rank} must be at least rank={self.rank}")
+        if self.precision is Precision.fp16:
+            raise UserError("precision=fp16 loses small gradients; use precision=bf16 or precision=fp32")
 
 
 def check_excerpt(key: str, seconds: float | None) -> None:

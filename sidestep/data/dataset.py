@@ -5,10 +5,16 @@ Shapes: B batch, T latent frames, C latent channels (64), L condition tokens, D 
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
+import itertools
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +22,22 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sidestep.data.manifest import AGAIN, SongRecord, read_manifest
-from sidestep.data.sampler import PATCH_FRAMES, SongOrder, excerpt_at
+from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
+from sidestep.data.legacy import LegacySongs, holds_tensor_files
+from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
+from sidestep.data.sampler import (
+    FRAMES_PER_SECOND,
+    PATCH_FRAMES,
+    SongOrder,
+    excerpt_length,
+    excerpt_start,
+    window_at,
+    window_frames,
+    window_starts,
+)
 from sidestep.errors import UserError
 from sidestep.files import ensure_readable
+from sidestep.seeds import derive_seed
 
 LATENT_CHANNELS = 64
 
@@ -33,6 +51,8 @@ class Example:
     """(T, C) float32."""
     condition: Tensor
     """(L, D)."""
+    weight: float = 1.0
+    """What its loss is multiplied by."""
 
 
 @dataclass
@@ -48,12 +68,14 @@ class Batch:
     """(B, T) bool, False where a frame is padding."""
     condition_mask: Tensor | None
     """(B, L) bool, False where a token is padding."""
+    weights: Tensor | None = None
+    """(B,) float32, what each loss is multiplied by; None where all are 1."""
 
     def to(self, device: torch.device) -> Batch:
         """Move every tensor."""
         moved = (
             None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask)
+            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask, self.weights)
         )
         return Batch(self.songs, *moved)  # type: ignore[arg-type]
 
@@ -61,91 +83,334 @@ class Batch:
         """Called by the DataLoader, so that moving to a GPU does not wait."""
         pinned = (
             None if tensor is None else tensor.pin_memory()
-            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask)
+            for tensor in (self.latents, self.condition, self.frame_mask, self.condition_mask, self.weights)
         )
         return Batch(self.songs, *pinned)  # type: ignore[arg-type]
 
 
-class SongDataset(Dataset[Example]):
-    """The excerpt at each position of a run's endless stream of songs.
+class SongFolder(Protocol):
+    """A folder of preprocessed songs, whoever preprocessed them."""
 
-    Args:
-        folder: what ``python -m sidestep.preprocess`` wrote.
-        max_seconds: longest excerpt.
-        seed: decides the order of songs and where excerpts start.
+    folder: Path
+    info: DatasetInfo
+    songs: list[SongRecord]
+
+    def latents(self, index: int, start: int, length: int) -> Tensor:
+        """Read ``length`` frames of a song: (length, C), of any float dtype."""
+
+    def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
+        """Read a condition of a song, (L, D); the arguments are those of :func:`condition_keys`."""
+
+
+class StoredSongs:
+    """What ``python -m sidestep.preprocess`` wrote.
 
     Raises:
         UserError: if the folder is not a dataset, or a file it names is missing.
     """
 
-    def __init__(self, folder: Path, *, max_seconds: float, seed: int) -> None:
-        self.folder, self.max_seconds, self.seed = folder, max_seconds, seed
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.info, self.songs = read_manifest(folder)
-        self.order = SongOrder(len(self.songs), seed)
-        for song in self.songs:
-            for file in (song.latents, song.conditions):
-                if not (folder / file).is_file():
-                    raise UserError(f"{folder / file} of {song.audio} is missing; {AGAIN}")
-            if song.num_frames < PATCH_FRAMES:
-                raise UserError(f"{song.audio} in {folder} has {song.num_frames} frames; a song needs {PATCH_FRAMES}")
+        found = {f"{entry.name}/{name}" for entry in os.scandir(folder) if entry.is_dir() for name in os.listdir(entry)}
+        for key in ("latents", "conditions"):
+            if missing := {getattr(song, key) for song in self.songs} - found:
+                song = next(song for song in self.songs if getattr(song, key) in missing)
+                raise UserError(f"{folder / getattr(song, key)} of {song.audio} is missing; {AGAIN}")
+        if short := [song for song in self.songs if song.num_frames < PATCH_FRAMES]:
+            found_frames = f"{short[0].num_frames} frames; a song needs {PATCH_FRAMES}"
+            raise UserError(f"{short[0].audio} in {folder} has {found_frames}")
 
-    def check_tensors(self) -> None:
-        """Read every file once, so that none of them stops a run days later.
-
-        Raises:
-            UserError: naming the first file that is damaged, of another shape than it should have, or holds NaN.
-        """
-        for song in self.songs:
-            self._tensors(song, 0, song.num_frames)
-
-    def fingerprint(self) -> str:
-        """Sixteen hex digits that change when what is trained on changes."""
-        names = [f"{song.latents} {song.conditions} {song.prompt}\n" for song in self.songs]
-        return hashlib.sha256("".join(names).encode()).hexdigest()[:16]
-
-    def only(self, songs: list[int]) -> SongDataset:
-        """The same dataset with none but these songs, given by their numbers."""
-        part = copy.copy(self)
-        part.songs = [self.songs[number] for number in songs]
-        part.order = SongOrder(len(part.songs), self.seed)
-        return part
-
-    def __getitem__(self, position: int) -> Example:
-        index = self.order[position]
-        return self.excerpt(index, *excerpt_at(self.songs[index].num_frames, self.max_seconds, self.seed, position))
-
-    def excerpt(self, index: int, start: int, length: int) -> Example:
-        """Read ``length`` frames of one song from frame ``start`` on."""
-        latents, condition = self._tensors(self.songs[index], start, length)
-        return Example(index, latents.float(), condition)
-
-    def _tensors(self, song: SongRecord, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """Read some frames of a song's latents, (length, C), and its condition, (L, D)."""
-        latents = self._read(song, song.latents, "latents", slice(start, start + length), LATENT_CHANNELS)
-        condition = self._read(song, song.conditions, song.prompt, slice(None), self.info.condition_width)
+    def latents(self, index: int, start: int, length: int) -> Tensor:
+        song = self.songs[index]
+        (latents,) = self._read(song, song.latents, ("latents",), slice(start, start + length), LATENT_CHANNELS)
         if len(latents) != length:
             raise UserError(
                 f"{self.folder / song.latents} of {song.audio} is shorter than the {song.num_frames} frames that "
                 f"songs.jsonl says; {AGAIN}"
             )
-        if not len(condition):
-            raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
-        return latents, condition
+        return latents
 
-    def _read(self, song: SongRecord, file: str, key: str, rows: slice, width: int) -> Tensor:
+    def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
+        song = self.songs[index]
+        keys = condition_keys(song, prompt, window=window, sings=sings)
+        parts = self._read(song, song.conditions, keys, slice(None), self.info.condition_width)
+        if not all(len(part) for part in parts):
+            raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
+        return torch.cat(parts)
+
+    def _read(self, song: SongRecord, file: str, keys: Sequence[str], rows: slice, width: int) -> list[Tensor]:
         path = self.folder / file
         try:
             ensure_readable(path)
             with safe_open(path, framework="pt") as tensors:
-                tensor: Tensor = tensors.get_slice(key)[rows]
+                read: list[Tensor] = [tensors.get_slice(key)[rows] for key in keys]
         except (SafetensorError, OSError, IndexError) as error:  # IndexError: it has no rows
             raise UserError(f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}") from error
-        if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():
-            found = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise UserError(f"{path} of {song.audio} holds {found}, not rows of {width}; delete it and {AGAIN}")
-        if not tensor.isfinite().all():
-            raise UserError(f"{path} of {song.audio} holds NaN or infinity; delete it and {AGAIN}")
-        return tensor
+        for tensor in read:
+            if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():
+                found = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise UserError(f"{path} of {song.audio} holds {found}, not rows of {width}; delete it and {AGAIN}")
+            if not is_finite(tensor):
+                raise UserError(f"{path} of {song.audio} holds NaN or infinity; delete it and {AGAIN}")
+        return read
+
+
+class Draw(NamedTuple):
+    """What lies at a position of the stream of songs, but for the tensors."""
+
+    song: int
+    start: int
+    """First frame of the excerpt."""
+    length: int
+    prompt: str
+    """Which of the song's texts is told."""
+    window: int | None
+    """Which of the song's windows this is, or None."""
+    sings: bool
+    """False where the lyrics are left out."""
+
+
+class SongDataset(Dataset[Example]):
+    """The excerpt at each position of a run's endless stream of songs.
+
+    With a prior dataset, every second batch is of its songs.
+
+    Args:
+        folder: what ``python -m sidestep.preprocess`` wrote, or the tensor files of ACE-Step or Side-Step.
+        max_seconds: longest excerpt.
+        seed: decides the order of songs, where excerpts start, and which of their texts are told.
+        config: what is drawn from each song.
+        batch_size: how many consecutive positions make a batch.
+        prior_folder: songs that the model should go on making as it did; another dataset.
+
+    Raises:
+        UserError: if a folder is not a dataset, a file it names is missing, or ``config`` asks for what it has not.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_seconds: float,
+        seed: int,
+        config: DataConfig | None = None,
+        batch_size: int = 1,
+        prior_folder: Path | None = None,
+    ) -> None:
+        self.folder, self.max_seconds, self.seed, self.batch_size = folder, max_seconds, seed, batch_size
+        self.config = config or DataConfig()
+        self._window_frames: int | None = None
+        own = open_songs(folder, allow_leaks=self.config.allow_leaked_reference)
+        self.info = own.info
+        self._places: list[tuple[SongFolder, int]] = [(own, index) for index in range(len(own.songs))]
+        self._num_own = len(own.songs)
+        if self.config.excerpts in (None, Excerpts.windows) and own.info.settings.get("window_seconds") is not None:
+            self._window_frames = window_frames(own.info.settings["window_seconds"])
+        if prior_folder is not None:
+            prior = open_songs(prior_folder, allow_leaks=self.config.allow_leaked_reference)
+            self._places += [(prior, index) for index in range(len(prior.songs))]
+        self.songs = [source.songs[index] for source, index in self._places]
+        """Those of the prior dataset last."""
+        self._check_config()
+        self._make_orders()
+
+    def _make_orders(self) -> None:
+        own, prior = (self._order(part) for part in (self.songs[: self._num_own], self.songs[self._num_own :]))
+        self.order = own
+        self._prior_order = prior if len(prior) else None
+
+    def _order(self, songs: list[SongRecord]) -> SongOrder:
+        lengths = [self._length(song) for song in songs] if self.batch_size > 1 else None
+        repeats = [song.repeat for song in songs]
+        return SongOrder(len(songs), self.seed, repeats=repeats, lengths=lengths, batch_size=self.batch_size)
+
+    @property
+    def own_songs(self) -> list[SongRecord]:
+        """The songs without those of the prior dataset; their numbers are the same."""
+        return self.songs[: self._num_own]
+
+    @property
+    def sources(self) -> list[SongFolder]:
+        """The folders that songs come from: the run's own, and the prior dataset if there is one."""
+        return list({id(source): source for source, _ in self._places}.values())
+
+    @property
+    def songs_per_epoch(self) -> int:
+        """Positions in which every song comes as often as it should, with as many of the prior dataset between."""
+        return len(self.order) * (1 if self._prior_order is None else 2)
+
+    def only(self, songs: Sequence[int]) -> SongDataset:
+        """Leave all but these songs out, given by their numbers; those of the prior dataset stay."""
+        part = copy.copy(self)
+        part._places = [self._places[number] for number in songs] + self._places[self._num_own :]
+        part._num_own = len(songs)
+        part.songs = [source.songs[index] for source, index in part._places]
+        part._make_orders()
+        return part
+
+    def check_tensors(self) -> None:
+        """Read every file once, so that none of them stops a run days later; about a second per gigabyte.
+
+        Raises:
+            UserError: naming the first file that is damaged, of the wrong shape, or not finite.
+        """
+        for (source, index), song in zip(self._places, self.songs, strict=True):
+            source.latents(index, 0, song.num_frames)
+            source.condition(index, song.prompt, window=None, sings=False)
+            windows = range(len(self._window_starts(song) or []))
+            for window in (None, *windows):
+                for prompt in song.prompts:
+                    source.condition(index, prompt, window=window, sings=True)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change when what is trained on changes."""
+        about = [
+            f"{song.latents} {song.conditions} {song.prompt} {song.prompts} {song.repeat} {song.weight}\n"
+            for song in self.songs
+        ]
+        about += [str(source.info.settings.get("window_seconds")) for source in self.sources]
+        about.append(str(self._num_own))
+        return hashlib.sha256("".join(about).encode()).hexdigest()[:16]
+
+    def __getitem__(self, position: int) -> Example:
+        draw = self.draw(position)
+        return self.excerpt(*draw[:3], prompt=draw.prompt, window=draw.window, sings=draw.sings)
+
+    def excerpt(
+        self,
+        number: int,
+        start: int,
+        length: int,
+        *,
+        prompt: str | None = None,
+        window: int | None = None,
+        sings: bool = True,
+    ) -> Example:
+        """Read ``length`` frames of one song from frame ``start`` on.
+
+        Args:
+            number: of the song.
+            start: first frame.
+            length: in frames.
+            prompt: which of its texts; None takes the one that preprocessing chose.
+            window: one of its windows, whose words are told instead of the whole song's.
+            sings: False leaves the lyrics out.
+        """
+        source, index = self._places[number]
+        song = self.songs[number]
+        condition = source.condition(index, prompt or song.prompt, window=window, sings=sings)
+        latents = source.latents(index, start, length).float()
+        weight = song.weight * (self.config.prior_weight if number >= self._num_own else 1)
+        return Example(number, latents, condition, weight)
+
+    def draw(self, position: int) -> Draw:
+        """Decide what lies at a position: the song, the excerpt, and its words."""
+        number, visit = self._visit(position)
+        song = self.songs[number]
+        length = self._length(song)
+        window = None
+        if (starts := self._window_starts(song)) is None:
+            start = excerpt_start(song.num_frames, length, seed=self.seed, song=number, visit=visit)
+        else:
+            window = window_at(len(starts), seed=self.seed, song=number, visit=visit)
+            start = starts[window]
+        sings = self._uniform("lyrics", position) >= self.config.lyrics_dropout
+        if length < song.num_frames - 1 and not (window is not None and song.is_timed):
+            sings = sings and self.config.excerpt_lyrics is ExcerptLyrics.full
+        return Draw(number, start, length, self._prompt(song, position), window, sings)
+
+    def _visit(self, position: int) -> tuple[int, int]:
+        if self._prior_order is None:
+            return self.order.visit(position)
+        batch, place = divmod(position, self.batch_size)
+        turn, is_prior = divmod(batch, 2)
+        if not is_prior:
+            return self.order.visit(turn * self.batch_size + place)
+        number, visit = self._prior_order.visit(turn * self.batch_size + place)
+        return self._num_own + number, visit
+
+    def _prompt(self, song: SongRecord, position: int) -> str:
+        shares = self.config.prompts.given()
+        if not shares:
+            return song.prompt
+        place = self._uniform("prompt", position) * sum(shares.values())
+        ends = list(itertools.accumulate(shares.values()))
+        prompt = list(shares)[min(bisect.bisect(ends, place), len(ends) - 1)]
+        return prompt if prompt in song.prompts else "caption"
+
+    def _uniform(self, purpose: str, position: int) -> float:
+        return derive_seed(self.seed, purpose, position) / 2**63
+
+    def _window_starts(self, song: SongRecord) -> list[int] | None:
+        """First frame of each window of a song, or None where it is not trained on by windows."""
+        frames = self._window_frames
+        return None if frames is None or song.num_frames <= frames else window_starts(song.num_frames, frames)
+
+    def _length(self, song: SongRecord) -> int:
+        frames = self._window_frames
+        return excerpt_length(song.num_frames, self.max_seconds if frames is None else frames / FRAMES_PER_SECOND)
+
+    def _check_config(self) -> None:
+        """Refuse what the songs do not have."""
+        wanted = self.config.excerpts
+        seconds = {source.info.settings.get("window_seconds") for source in self.sources}
+        if wanted in (None, Excerpts.windows):
+            if len(seconds) > 1:
+                raise UserError(
+                    f"dataset_dir and prior_dataset_dir were made with window_seconds {_either(seconds)}; "
+                    f"make them with the same, or use data.excerpts=random"
+                )
+            if wanted is Excerpts.windows and seconds == {None}:
+                raise UserError(
+                    f"data.excerpts=windows, but dataset_dir={self.folder} was made without window_seconds; "
+                    f"run python -m sidestep.preprocess again with window_seconds={self.max_seconds:g}"
+                )
+            if self._window_frames is not None and self._window_frames > self.max_seconds * FRAMES_PER_SECOND:
+                raise UserError(
+                    f"the windows of dataset_dir={self.folder} are {_either(seconds)} s long, longer than max_seconds="
+                    f"{self.max_seconds:g}; use max_seconds={_either(seconds)}, data.excerpts=random, or preprocess "
+                    f"again with a smaller window_seconds"
+                )
+        if wanted is Excerpts.whole:
+            longest = max(self.songs, key=lambda song: song.num_frames)
+            if self._length(longest) < longest.num_frames - 1:
+                needed = math.ceil(longest.num_frames / FRAMES_PER_SECOND)
+                raise UserError(
+                    f"data.excerpts=whole, but {longest.audio} is {needed} s long; "
+                    f"use max_seconds={needed}, or leave data.excerpts out"
+                )
+        if self.config.lyrics_dropout or self.config.excerpt_lyrics is ExcerptLyrics.none:
+            for source in self.sources:
+                if isinstance(source, LegacySongs):
+                    raise UserError(
+                        f"{source.folder} holds one condition per song, with its lyrics; leave data.lyrics_dropout and "
+                        f"data.excerpt_lyrics out, or make a dataset with python -m sidestep.preprocess"
+                    )
+        for prompt in self.config.prompts.given():
+            if not any(prompt in song.prompts for song in self.songs):
+                have = "custom_tag" if prompt == "tag" else prompt
+                raise UserError(f"data.prompts.{prompt}: no song of dataset_dir={self.folder} has a {have}")
+
+
+def open_songs(folder: Path, *, allow_leaks: bool = False) -> SongFolder:
+    """Open a folder of preprocessed songs.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if not (folder / INFO).is_file() and holds_tensor_files(folder):
+        return LegacySongs(folder, allow_leaks=allow_leaks)
+    return StoredSongs(folder)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; the sum of most tensors tells, in a tenth of the time."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _either(values: set[float | None]) -> str:
+    return " and ".join("null" if value is None else f"{value:g}" for value in sorted(values, key=str))
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -158,10 +423,20 @@ def collate(examples: list[Example]) -> Batch:
         raise ValueError(f"excerpts must be whole patches of {PATCH_FRAMES} frames, got {odd[0]} frames")
     latents, frame_mask = _pad([example.latents for example in examples])
     condition, condition_mask = _pad([example.condition for example in examples])
-    return Batch([example.song for example in examples], latents, condition, frame_mask, condition_mask)
+    weights = torch.tensor([example.weight for example in examples])
+    return Batch(
+        [example.song for example in examples],
+        latents,
+        condition,
+        frame_mask,
+        condition_mask,
+        None if (weights == 1).all() else weights,
+    )
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    if len(rows) == 1:
+        return rows[0][None], None
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence(rows, batch_first=True)
     if (lengths == lengths[0]).all():

@@ -9,19 +9,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import logging
+import math
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -31,13 +34,15 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
-from sidestep.data.manifest import DatasetInfo, SongRecord, read_manifest, write_manifest
-from sidestep.data.sampler import FRAMES_PER_SECOND
+from sidestep.data.lyrics import sung_between
+from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
 from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
-from sidestep.data.songs import Song, SongList, printable, read_songs
+from sidestep.data.songs import SongList, printable, read_songs
+from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import alone_in, ensure_readable, remove_abandoned, sha256_of, write_tensors
+from sidestep.files import alone_in, describe, ensure_readable, remove_abandoned, sha256_of, write_tensors
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATENTS, CONDITIONS = "latents", "conditions"
+_REFERENCE = "<reference>"
 OVERLAP_FRAMES = 2 * FRAMES_PER_SECOND  # far more than the 0.3 s that one latent frame of the VAE hears on each side
 
 
@@ -105,8 +111,13 @@ class _Prompts:
     """What the model reads about one song."""
 
     texts: dict[str, str]
-    """Caption prompt under "caption" and, if the song has a genre, under "genre"."""
-    lyrics: str
+    """Prompts of "caption" and, if the song has them, "genre" and "tag"; those of windows are "window.caption", ..."""
+    lyrics: dict[str, str]
+    """Lyrics prompts under "lyrics" and, if there are any, "instrumental" for none and "window.<n>.lyrics"."""
+
+
+def _names(file: Path | None) -> list[str]:
+    return [] if file is None else [file.name]
 
 
 def preprocess(config: PreprocessConfig) -> PreprocessSummary:
@@ -128,6 +139,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         tag_position=None if config.tag_position is None else config.tag_position.value,
         genre_ratio=config.genre_ratio,
         language=config.language,
+        file_tags=config.file_tags,
     )
     folder = Path(config.dataset_dir)
     _make_folders(folder)
@@ -202,19 +214,27 @@ def _update(
         log.warning("%s is left out: %s", printable(name), printable(reason))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
-    latents = _encode_songs(config, checkpoint, listing.songs, fingerprints["vae"], device, summary)
+    to_encode = listing.songs + _reference_song(config.reference)
+    latents = _encode_songs(config, checkpoint, to_encode, fingerprints["vae"], device, summary)
+    summary.changed.discard(_REFERENCE)
+    if _REFERENCE in summary.failed:
+        raise UserError(f"reference={config.reference} cannot be used: {summary.failed[_REFERENCE]}")
+    reference = latents.pop(_REFERENCE, None)
+    references = latents if config.reference == "song" else dict.fromkeys(latents, reference)
     about_latents = {name: _about_latents(file) for name, file in latents.items()}
     num_frames = {name: frames for name, (frames, _) in about_latents.items()}
 
     songs = [song for song in listing.songs if song.name in latents]
-    prompts = _write_prompts(songs, num_frames, listing.tag_position)
+    prompts = _write_prompts(songs, num_frames, listing.tag_position, config.window_seconds)
     silence = checkpoint.silence()[:REFERENCE_FRAMES]
     encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
     conditions = {
-        name: folder / CONDITIONS / f"{_key(prompt.texts, prompt.lyrics, encoders)}.safetensors"
+        name: folder
+        / CONDITIONS
+        / f"{_key(prompt.texts, prompt.lyrics, encoders, *_names(references[name]))}.safetensors"
         for name, prompt in prompts.items()
     }
-    _encode_prompts(checkpoint, prompts, conditions, silence, device, dtype, summary)
+    _encode_prompts(checkpoint, prompts, conditions, references, silence, device, dtype, summary)
     about_conditions = {name: _about_conditions(file) for name, file in conditions.items()}
 
     songs = [song for song in songs if song.name in conditions]
@@ -232,7 +252,10 @@ def _update(
         total_seconds=summary.num_frames / FRAMES_PER_SECOND,
         sidestep_version=sidestep.__version__,
     )
-    records = [_record(song, latents[song.name], conditions[song.name], num_frames[song.name]) for song in songs]
+    records = [
+        _record(song, prompts[song.name], latents[song.name], conditions[song.name], num_frames[song.name])
+        for song in songs
+    ]
     write(info, records)
 
     summary.unchanged = {song.name for song in songs} - summary.changed
@@ -240,6 +263,8 @@ def _update(
     summary.truncated = {name: cuts for name, (_, cuts) in about_conditions.items() if cuts}
     summary.silent = [song.name for song in songs if about_latents[song.name][1] < SILENT_PEAK]
     summary.missing, summary.notes = listing.missing, listing.notes
+    if config.window_seconds is None and (timed := sum(bool(song.timed_lyrics) for song in songs)):
+        summary.notes.append(f"{timed} songs have lyrics with times, which window_seconds=60 would tell with each part")
     if was_for not in (None, config.model_variant.name):
         summary.notes.append(f"the dataset was for model_variant={was_for} and is now for {config.model_variant.name}")
     if config.shard is None:  # the others' files are not unused
@@ -279,7 +304,34 @@ def encode_latents(vae: Any, audio: Tensor, *, tile_seconds: float, generator: t
     return (mean + std * torch.randn(mean.shape, generator=generator)).T.contiguous()
 
 
+def reference_frames(latents: Tensor) -> Tensor:
+    """Take the reference audio from a song's latents: ten seconds from the middle of each third, as 30 seconds.
+
+    ACE-Step's inference takes ten seconds from a random place of each third; a shorter song is repeated first.
+
+    Args:
+        latents: (T, 64).
+
+    Returns:
+        (750, 64).
+    """
+    length = REFERENCE_FRAMES // 3
+    latents = latents.repeat(math.ceil(REFERENCE_FRAMES / len(latents)), 1)
+    third = len(latents) // 3
+    starts = [part * third + (third - length) // 2 for part in range(3)]
+    return torch.cat([latents[start : start + length] for start in starts])
+
+
 # first pass: audio
+
+
+def _reference_song(reference: str) -> list[Song]:
+    """The audio file that all songs take for their reference, as a song without words; none for the other choices."""
+    if reference in ("silence", "song"):
+        return []
+    if not Path(reference).is_file():
+        raise UserError(f"reference={reference} must be silence, song, or an audio file: {describe(Path(reference))}")
+    return [Song(path=Path(reference), name=_REFERENCE)]
 
 
 def _encode_songs(
@@ -339,23 +391,39 @@ def _encode_song(vae: Any, path: Path, key: str, config: PreprocessConfig) -> tu
 # second pass: words
 
 
-def _write_prompts(songs: list[Song], num_frames: dict[str, int], tag_position: str) -> dict[str, _Prompts]:
+def _write_prompts(
+    songs: list[Song], num_frames: dict[str, int], tag_position: str, window_seconds: float | None
+) -> dict[str, _Prompts]:
     """Write what the model reads about each song."""
     prompts = {}
     for song in songs:
-        captions = {"caption": song.caption} | ({"genre": song.genre} if song.genre else {})
+        captions = {
+            "caption": apply_tag(song.caption, song.custom_tag, tag_position),
+            "genre": song.genre and apply_tag(song.genre, song.custom_tag, tag_position),
+            "tag": song.custom_tag,
+        }
+        durations = {"": num_frames[song.name] // FRAMES_PER_SECOND}
+        lyrics = {"lyrics": song.lyrics} | ({"instrumental": ""} if song.lyrics else {})
+        if window_seconds is not None and num_frames[song.name] > (length := window_frames(window_seconds)):
+            durations["window."] = int(window_seconds)
+            if song.timed_lyrics:
+                for n, start in enumerate(window_starts(num_frames[song.name], length)):
+                    begin, end = start / FRAMES_PER_SECOND, (start + length) / FRAMES_PER_SECOND
+                    lyrics[f"window.{n}.lyrics"] = sung_between(song.timed_lyrics, begin, end)
         prompts[song.name] = _Prompts(
             texts={
-                key: caption_prompt(
-                    apply_tag(caption, song.custom_tag, tag_position),
+                window + key: caption_prompt(
+                    caption,
                     bpm=song.bpm,
                     timesignature=song.timesignature,
                     keyscale=song.keyscale,
-                    duration=num_frames[song.name] // FRAMES_PER_SECOND,
+                    duration=duration,
                 )
+                for window, duration in durations.items()
                 for key, caption in captions.items()
+                if caption
             },
-            lyrics=lyrics_prompt(song.lyrics, song.language),
+            lyrics={key: lyrics_prompt(words, song.language) for key, words in lyrics.items()},
         )
     return prompts
 
@@ -364,6 +432,7 @@ def _encode_prompts(
     checkpoint: Checkpoint,
     prompts: dict[str, _Prompts],
     files: dict[str, Path],
+    references: Mapping[str, Path | None],
     silence: Tensor,
     device: torch.device,
     dtype: torch.dtype,
@@ -376,30 +445,50 @@ def _encode_prompts(
     tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
     condition_encoder = checkpoint.load_condition_encoder(device=device, dtype=dtype)
     for name in _with_progress(todo, "encoding words"):
-        lyric_ids, cut = tokenize(tokenizer, prompts[name].lyrics, MAX_LYRIC_TOKENS)
-        cuts = {"lyrics": cut}
-        conditions = {}
-        for key, text in prompts[name].texts.items():
-            text_ids, cuts[key] = tokenize(tokenizer, text, MAX_TEXT_TOKENS)
+        cuts: dict[str, int] = {}
+
+        def ids(key: str, prompt: str, limit: int, cuts: dict[str, int] = cuts) -> Tensor:
+            tokens, cut = tokenize(tokenizer, prompt, limit)
+            cuts |= {key: cut} if cut else {}
+            return tokens
+
+        texts = {key: ids(key, text, MAX_TEXT_TOKENS) for key, text in prompts[name].texts.items()}
+        lyrics = {key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items()}
+        parts: dict[str, Tensor] = {}
+        file = references[name]
+        reference = silence if file is None else reference_frames(load_file(file)["latents"])
+        # lyrics, reference and text do not see each other, so that any pair will do
+        for (text, text_ids), (lyric, lyric_ids) in _pairs(texts, lyrics):
             condition = encode_condition(
-                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=silence
+                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=reference
             )
-            conditions[key] = condition.cpu().contiguous()
-        if not all(condition.isfinite().all() for condition in conditions.values()):
+            num_lyrics = lyric_ids.shape[1]
+            parts[lyric], parts["reference"] = condition[:num_lyrics], condition[num_lyrics : num_lyrics + 1]
+            parts[text] = condition[num_lyrics + 1 :]
+        parts = {key: part.cpu().contiguous() for key, part in parts.items()}
+        if not all(part.isfinite().all() for part in parts.values()):
             summary.failed[name] = f"the condition of {name} is not finite in {dtype}; use precision=fp32"
             summary.changed.discard(name)
             del files[name]
             continue
-        _save(files[name], conditions, {"cut": json.dumps({key: cut for key, cut in cuts.items() if cut})})
+        read = json.dumps(prompts[name].texts | prompts[name].lyrics)
+        _save(files[name], parts, {"cut": json.dumps(cuts), "texts": read})
         summary.changed.add(name)
     del text_encoder, condition_encoder
     _free_memory(device)
 
 
+def _pairs(texts: dict[str, Tensor], lyrics: dict[str, Tensor]) -> Iterator[Any]:
+    """Pair every text with lyrics; the first of the shorter list comes again."""
+    first = next(iter(texts.items())), next(iter(lyrics.items()))
+    for text, lyric in itertools.zip_longest(texts.items(), lyrics.items()):
+        yield text or first[0], lyric or first[1]
+
+
 # the dataset
 
 
-def _record(song: Song, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
+def _record(song: Song, prompts: _Prompts, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
     return SongRecord(
         audio=song.name,
         latents=f"{LATENTS}/{latents.name}",
@@ -408,13 +497,16 @@ def _record(song: Song, latents: Path, conditions: Path, num_frames: int) -> Son
         num_frames=num_frames,
         caption=song.caption,
         genre=song.genre,
-        lyrics=song.lyrics,
         language=song.language,
         bpm=song.bpm,
         keyscale=song.keyscale,
         timesignature=song.timesignature,
         is_instrumental=song.is_instrumental,
         source=song.source,
+        repeat=song.repeat,
+        weight=song.weight,
+        prompts=[key for key in PROMPTS if key in prompts.texts],
+        is_timed="window.0.lyrics" in prompts.lyrics,
     )
 
 
@@ -427,6 +519,8 @@ def _settings(config: PreprocessConfig, listing: SongList, dtype: torch.dtype) -
         "genre_ratio": listing.genre_ratio,
         "language": config.language,
         "max_song_seconds": config.max_song_seconds,
+        "window_seconds": config.window_seconds,
+        "reference": config.reference,
         "seed": config.seed,
         "dtype": str(dtype).removeprefix("torch."),
     }

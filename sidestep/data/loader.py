@@ -10,13 +10,14 @@ import torch
 
 from sidestep.data.dataset import Batch, SongDataset, collate
 
-READ_AHEAD = 4
+READERS = 4
+READ_AHEAD = 2 * READERS
 
 
 def read_batches(dataset: SongDataset, micro_batches: Iterable[list[int]], *, device: torch.device) -> Generator[Batch]:
     """Read micro-batches in order, a few ahead of the one that is asked for.
 
-    One thread is enough, since a song is a slice of a memory-mapped file. Worker processes would each receive the
+    Threads are enough, since a song is a slice of a memory-mapped file. Worker processes would each receive the
     signals that a scheduler sends to the run, draw from the global random state when they start, and hide an error's
     own message.
 
@@ -34,7 +35,7 @@ def read_batches(dataset: SongDataset, micro_batches: Iterable[list[int]], *, de
         if device.type == "cuda":  # a thread begins on GPU 0, whichever this process uses
             torch.cuda.set_device(device)
 
-    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-songs", initializer=begin)
+    reader = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="read-songs", initializer=begin)
     ahead: deque[Future[Batch]] = deque()
     try:
         for positions in micro_batches:

@@ -3,7 +3,7 @@
     dataset_info.json                  which model it was made with, and how
     songs.jsonl                        one line per song, in training order
     latents/<hash>.safetensors         latents (T, 64) float16, one file per distinct audio
-    conditions/<hash>.safetensors      condition per prompt, (L, D), for example "caption" and "genre"
+    conditions/<hash>.safetensors      the parts of its conditions, each (tokens, D); see :func:`condition_keys`
 
 Files are named by a hash of all that went into them, so that a song is encoded again only when its audio, its
 text or the model changes. No padding and no context is stored; both are made where they are needed.
@@ -12,10 +12,14 @@ text or the model changes. No padding and no context is stored; both are made wh
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import math
+import operator
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +27,21 @@ from typing import Any
 from sidestep.errors import UserError
 from sidestep.files import describe, write_text
 
-FORMAT = 1
+FORMAT = 2
 AGAIN = "run python -m sidestep.preprocess again"
 INFO, SONGS = "dataset_info.json", "songs.jsonl"
+PROMPTS = ("caption", "genre", "tag")
+"""The texts a song may have in the place of its caption; "tag" is the custom tag alone."""
+
+_FILE = re.compile(r"\w[\w./-]{0,254}", re.ASCII)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SongRecord:
-    """One song of a dataset; one line of ``songs.jsonl``."""
+    """One song of a dataset; one line of ``songs.jsonl``, which leaves out what has its default.
+
+    Its lyrics, and every text as the model reads it, are in the header of its conditions file.
+    """
 
     audio: str
     """Path of the audio file relative to the folder of songs."""
@@ -39,19 +50,30 @@ class SongRecord:
     conditions: str
     """File of the conditions, relative to the dataset folder."""
     prompt: str
-    """Which condition to train on: "caption" or "genre"."""
+    """Which text to train on unless the run says otherwise: "caption" or "genre"."""
     num_frames: int
     """Latent frames, 25 per second."""
     caption: str = ""
     genre: str = ""
-    lyrics: str = ""
     language: str = ""
     bpm: int | None = None
     keyscale: str = ""
     timesignature: str = ""
     is_instrumental: bool = False
     source: str = ""
-    """Where the words came from: "dataset.json", "sidecar" or "file name"."""
+    """Where the words came from, for example "sidecar" or "file name"."""
+    repeat: int = 1
+    """How often the song comes in an epoch."""
+    weight: float = 1.0
+    """What its loss is multiplied by."""
+    prompts: list[str] = dataclasses.field(default_factory=lambda: ["caption"])
+    """Which of "caption", "genre" and "tag" are stored."""
+    is_timed: bool = False
+    """Whether each window has lyrics of its own."""
+
+
+_REQUIRED = ("audio", "latents", "conditions", "prompt", "num_frames")
+_DEFAULTS = dataclasses.asdict(SongRecord(audio="", latents="", conditions="", prompt="", num_frames=0))
 
 
 @dataclass(kw_only=True)
@@ -64,18 +86,41 @@ class DatasetInfo:
     fingerprints: dict[str, str]
     """Of the checkpoint's vae, text_encoder and condition_encoder."""
     settings: dict[str, Any]
-    """The preprocessing settings that shaped the data: custom_tags, tag_position, genre_ratio, language, seed, ..."""
+    """The preprocessing settings that shaped the data: custom_tags, tag_position, genre_ratio, window_seconds, ..."""
     num_songs: int = 0
     total_seconds: float = 0.0
     sidestep_version: str = ""
     format: int = FORMAT
 
 
+def condition_keys(song: SongRecord, prompt: str, *, window: int | None, sings: bool) -> tuple[str, str, str]:
+    """Name the three parts whose rows, one after the other, are a condition.
+
+    The parts are independent: lyrics, reference and text go through different encoders, and the transformer does not
+    see their order. So each is stored once, however many conditions it is part of.
+
+    Args:
+        song: which song.
+        prompt: one of those it has.
+        window: one of its windows, or None for a condition that speaks of the whole song.
+        sings: False leaves the lyrics out.
+    """
+    lyrics = "lyrics" if sings or song.is_instrumental else "instrumental"
+    if sings and window is not None and song.is_timed:
+        lyrics = f"window.{window}.lyrics"
+    return lyrics, "reference", prompt if window is None else f"window.{prompt}"
+
+
 def write_manifest(folder: Path, info: DatasetInfo, songs: list[SongRecord]) -> None:
     """Write ``songs.jsonl`` and then ``dataset_info.json``, each complete or not at all."""
-    lines = [json.dumps(dataclasses.asdict(song), ensure_ascii=False) for song in songs]
+    lines = [json.dumps(_without_defaults(song), ensure_ascii=False) for song in songs]
     write_text(folder / SONGS, "".join(line + "\n" for line in lines))
     write_text(folder / INFO, json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False) + "\n")
+
+
+def _without_defaults(song: SongRecord) -> dict[str, Any]:
+    values = dataclasses.asdict(song)
+    return {key: value for key, value in values.items() if key in _REQUIRED or value != _DEFAULTS[key]}
 
 
 def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
@@ -95,15 +140,43 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
         raise UserError(f"{where} has format {info.format}; this sidestep reads format {FORMAT}")
     if not isinstance(info.settings.get("custom_tags"), list):
         raise UserError(f"{where}: settings has no list custom_tags; {AGAIN}")
+    window_seconds = info.settings.get("window_seconds")
+    if window_seconds is not None and not (type(window_seconds) in (int, float) and 0.08 <= window_seconds < math.inf):
+        raise UserError(f"{where}: settings has window_seconds {window_seconds!r:.60}; {AGAIN}")
     songs_file = folder / SONGS
-    songs = [_parse(SongRecord, line, f"{songs_file} line {n}") for n, line in enumerate(_lines(songs_file), start=1)]
+    lines = _lines(songs_file)
+    songs = _parse_quickly(lines)
+    if songs is None:  # something is wrong: find the line
+        songs = [_parse(SongRecord, line, f"{songs_file} line {n}") for n, line in enumerate(lines, start=1)]
     if not songs:
         raise UserError(f"{songs_file} names no songs; {AGAIN}")
-    for song in songs:
+    for n, song in enumerate(songs, start=1):
         for file in (song.latents, song.conditions):
-            if ".." in file or not re.fullmatch(r"\w[\w./-]{0,254}", file, re.ASCII):
+            if ".." in file or not _FILE.fullmatch(file):
                 raise UserError(f"{songs_file}: {file[:60]!r} is no file of the dataset folder; {AGAIN}")
+        if song.repeat < 1 or not 0 < song.weight < math.inf or song.prompt not in song.prompts:
+            wrong = "repeat must be at least 1, weight a number above 0, and prompt one of prompts"
+            raise UserError(f"{songs_file} line {n}: {wrong}; {AGAIN}")
+        if song.prompts != ["caption"] and not set(song.prompts) <= set(PROMPTS):
+            raise UserError(f"{songs_file} line {n}: prompts must be of {', '.join(PROMPTS)}; {AGAIN}")
     return info, songs
+
+
+def _parse_quickly(lines: Sequence[str]) -> list[SongRecord] | None:
+    """Make the records of all lines at once, 100,000 in about half a second; None if a line is wrong."""
+    collects = gc.isenabled()
+    gc.disable()  # it would go through all of them again and again while they are made, and find nothing
+    try:
+        songs = [SongRecord(**row) for row in json.loads(f"[{','.join(lines)}]")]
+    except (ValueError, TypeError, RecursionError):
+        return None
+    finally:
+        if collects:
+            gc.enable()
+    for name, wanted in typing.get_type_hints(SongRecord).items():
+        if not set(map(type, map(operator.attrgetter(name), songs))) <= set(_known_types(wanted)):
+            return None
+    return songs if len(songs) == len(lines) else None
 
 
 def _lines(path: Path) -> list[str]:
@@ -124,9 +197,13 @@ def _parse(cls: type[Any], text: str, where: str) -> Any:
         raise UserError(f"{where} cannot be understood: {error}; {AGAIN}") from error
     for name, wanted in typing.get_type_hints(cls).items():
         value = getattr(record, name)
-        options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-        known = [typing.get_origin(option) or option for option in options]
+        known = _known_types(wanted)
         if type(value) not in known and not (wanted is float and type(value) is int):
             kind = " or ".join("null" if option is types.NoneType else option.__name__ for option in known)
             raise UserError(f"{where}: {name} must be {kind}, found {value!r:.60}; {AGAIN}")
     return record
+
+
+def _known_types(wanted: Any) -> list[type[Any]]:
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    return [typing.get_origin(option) or option for option in options]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
-from sidestep.data.songs import Song
+from sidestep.data.words import Song
 from sidestep.errors import UserError
 from sidestep.files import write_text
 

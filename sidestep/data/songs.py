@@ -3,40 +3,40 @@
 Read in this order, each value of a later source taking the place of an earlier one:
 
     file name              "01 - My_song.wav" has the caption "My song" if nothing else gives one
-    dataset.json           of ACE-Step's or Side-Step's dataset builder: {"metadata": ..., "samples": [...]},
-                           or only the list; an entry belongs to the song its audio_path or filename names
+    tags inside the file   title, genre, tempo, key and lyrics
+    tables                 dataset.json, key_bpm.csv, metadata.csv and metadata.jsonl: see ``tables``; a line belongs to
+                           the song its file name names
     song.txt               Side-Step's "caption: ..." lines with the lyrics last, or the lyrics alone, as in
                            ACE-Step's older datasets; ``_parse_txt`` tells them apart
     song.json              an object with the keys of a dataset.json entry
+    song.lrc               lyrics with times
     song.caption.txt       the caption alone
     song.lyrics.txt        the lyrics alone
+    songs.jsonl            what ``python -m sidestep.songs`` wrote; of a song in it, nothing else is read
 
-Files beside a song win over dataset.json because they are what people edit by hand. An empty value counts as
+Files beside a song win over tables because they are what people edit by hand. An empty value counts as
 not given. A song with a mistake in its words is left out, with all of its mistakes by file and key.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import os
 import re
-from collections.abc import Callable
+import urllib.parse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
 from sidestep.data.audio import find_audio
+from sidestep.data.tables import FOUND, Entry, Table, parse_json, read_table
+from sidestep.data.tags import can_read_tags, read_tags
+from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
 from sidestep.errors import UserError
 from sidestep.files import describe
 
-TAG_POSITIONS = ("prepend", "append", "replace")
-PROMPTS = ("caption", "genre")
-
-_ALIASES = {"key": "keyscale", "signature": "timesignature", "time_signature": "timesignature"}
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _KEY_LINE = re.compile(r"\s*(\w+)\s*:(.*)")
 _FORMS = {
     "keyscale": re.compile(r"[a-g]\s*(#|b|\u266f|\u266d|-?sharp|-?flat)?\s*(m|maj|min|major|minor)?"),
@@ -47,34 +47,6 @@ _TRACK_NUMBER = re.compile(r"^(\d{2,3}\s*[-._]\s*|0\d\s+)")
 
 
 @dataclass(kw_only=True)
-class Song:
-    """One audio file and its words."""
-
-    path: Path
-    name: str
-    """Path relative to the folder of songs, with forward slashes."""
-    caption: str = ""
-    genre: str = ""
-    lyrics: str = ""
-    """Without control characters but newline and tab; empty for an instrumental."""
-    bpm: int | None = None
-    keyscale: str = ""
-    timesignature: str = ""
-    """Numerator only: "4" for 4/4."""
-    language: str = ""
-    is_instrumental: bool = False
-    custom_tag: str = ""
-    prompt_override: str = ""
-    """The song's own choice of "caption" or "genre", which wins over the genre ratio."""
-    repeat: int = 1
-    """Side-Step's oversampling. Every song counts once here; a larger number is noted."""
-    prompt: str = "caption"
-    """Which of "caption" and "genre" the song trains on."""
-    source: str = "file name"
-    """One of "dataset.json", "sidecar" and "file name": where the caption came from."""
-
-
-@dataclass(kw_only=True)
 class SongList:
     """The songs of a folder, and what was decided and noticed while reading them."""
 
@@ -82,9 +54,9 @@ class SongList:
     tag_position: str
     genre_ratio: int
     failed: dict[str, str] = field(default_factory=dict)
-    """Songs and entries of dataset.json that cannot be used, and why."""
+    """Songs and entries of tables that cannot be used, and why."""
     missing: list[str] = field(default_factory=list)
-    """Entries of dataset.json whose audio file is not there."""
+    """Entries of tables whose audio file is not there."""
     notes: list[str] = field(default_factory=list)
     """Words and settings that were found and have no effect."""
 
@@ -97,42 +69,55 @@ def read_songs(
     tag_position: str | None = None,
     genre_ratio: int | None = None,
     language: str = "unknown",
+    file_tags: bool = True,
 ) -> SongList:
     """Find the songs of a folder and read their words.
 
     Args:
         audio_dir: folder of songs, searched with its subfolders.
-        metadata_file: a dataset.json; None takes the one in ``audio_dir`` if there is one.
-        custom_tag: trigger word of every song; empty leaves it to each entry of dataset.json, then to its metadata.
+        metadata_file: a table; None takes those in ``audio_dir`` that have a name of :data:`tables.FOUND`.
+        custom_tag: trigger word of every song; empty leaves it to each entry of a table, then to dataset.json.
         tag_position: where the tag goes; None leaves it to dataset.json, then to "prepend".
         genre_ratio: per cent of songs that train on their genre line; None leaves it to dataset.json, then to 0.
         language: of songs that do not name one.
+        file_tags: whether to read the tags inside the files.
 
     Raises:
-        UserError: if there are no songs, or a dataset.json cannot be read.
+        UserError: if there are no songs, or a table cannot be read.
     """
     songs = [Song(path=path, name=path.relative_to(audio_dir).as_posix()) for path in find_audio(audio_dir)]
-    if metadata_file is None:
-        metadata_file = _find_dataset_json(audio_dir, songs)
-    elif not metadata_file.is_file():
+    if metadata_file is not None and not metadata_file.is_file():
         raise UserError(f"metadata_file={metadata_file} is not a file: {describe(metadata_file)}")
-    listing = SongList(songs=songs, tag_position=tag_position or "prepend", genre_ratio=genre_ratio or 0)
-    entries: dict[str, dict[str, Any]] = {}
-    if metadata_file is not None:
-        metadata, samples = _read_dataset_json(metadata_file)
-        values = _read_metadata(metadata, metadata_file)
-        if tag_position is None:
-            listing.tag_position = values.get("tag_position", "prepend")
-        if genre_ratio is None:
-            listing.genre_ratio = values.get("genre_ratio", 0)
-        for song in songs:
-            song.custom_tag = values.get("custom_tag", "")
-        entries = _match_entries(samples, listing, audio_dir, metadata_file)
+    paths = _find_tables(audio_dir, songs) if metadata_file is None else [metadata_file]
+    tables = [table for path in paths if (table := read_table(path)).is_about_songs]
+    said = {key: value for table in tables for key, value in table.defaults.items()}
+    listing = SongList(
+        songs=songs,
+        tag_position=tag_position or said.get("tag_position", "prepend"),
+        genre_ratio=said.get("genre_ratio", 0) if genre_ratio is None else genre_ratio,
+    )
+    matched = [_match_entries(table, listing, audio_dir) for table in tables]
+    for table in tables:
+        listing.failed |= table.failed
+        if table.unused:
+            listing.notes.append(f"columns of {table.path} that are not used: {_names(table.unused)}")
+    if file_tags and not can_read_tags():
+        file_tags = False
+        listing.notes.append("tags inside the files are not read; that takes pip install 'sidestep[tags]'")
     for song in songs:
         problems: list[str] = []
-        _merge(song, entries.get(song.name, {}), "dataset.json", f"{metadata_file} entry of {song.name}", problems)
-        for words, sidecar in _read_sidecars(song, metadata_file, listing.notes, problems):
-            _merge(song, words, "sidecar", str(sidecar), problems)
+        song.custom_tag = said.get("custom_tag", "")
+        entries = [
+            (table, found[song.name]) for table, found in zip(tables, matched, strict=True) if song.name in found
+        ]
+        final = [(table, entry) for table, entry in entries if table.is_final]
+        if file_tags and not final:
+            merge(song, read_tags(song.path), "file tags", f"tags of {song.name}", problems)
+        for table, entry in final or entries:
+            merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
+        if not final:
+            for words, sidecar in _read_sidecars(song, paths, listing.notes, problems):
+                merge(song, words, "sidecar", str(sidecar), problems)
         _complete(song, custom_tag, language, problems)
         if problems:
             listing.failed[song.name] = printable("; ".join(problems))
@@ -158,7 +143,7 @@ def printable(text: str) -> str:
 
 def _complete(song: Song, custom_tag: str, language: str, problems: list[str]) -> None:
     """Fill in what no source gave."""
-    if _CONTROL.search(song.name):
+    if CONTROL.search(song.name):
         problems.append(f"{song.name!a}: the file name holds control characters or is not UTF-8; rename it")
     song.custom_tag = custom_tag or song.custom_tag
     song.caption = song.caption or caption_from_name(song.path)
@@ -178,10 +163,10 @@ def _choose_prompts(listing: SongList) -> None:
             unsung.append(song.name)
         song.lyrics = "" if song.is_instrumental or song.lyrics == INSTRUMENTAL else song.lyrics
         song.is_instrumental = not song.lyrics
+        song.timed_lyrics = song.timed_lyrics if song.lyrics else []
     for note, names in (
         ("chosen by the genre ratio but without a genre, so on their caption", without_genre),
         ("marked instrumental, so their lyrics are not used", unsung),
-        ("ask to be repeated; every song counts once here", [song.name for song in listing.songs if song.repeat > 1]),
     ):
         if names:
             listing.notes.append(f"{note}: {_names(names)}")
@@ -194,66 +179,55 @@ def _names(names: list[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
-# dataset.json
+# tables
 
 
-def _find_dataset_json(audio_dir: Path, songs: list[Song]) -> Path | None:
-    """Find the dataset.json of a folder, unless it is the words of a song named ``dataset``."""
-    path = audio_dir / "dataset.json"
-    if not path.is_file():
-        return None
-    if any(song.path.with_suffix(".json") == path for song in songs):
-        content = _read_json(path)
-        if isinstance(content, dict) and "samples" not in content:
-            return None
-    return path
+def _find_tables(audio_dir: Path, songs: Sequence[Song]) -> list[Path]:
+    """Find the tables of a folder of songs; a song named ``dataset`` may have its words in dataset.json."""
+    folders = {song.path.parent for song in songs}
+    below = [folder / name for folder in sorted(folders) for name in ("metadata.csv", "metadata.jsonl")]
+    wanted = [audio_dir / name for name in FOUND]
+    wanted[-1:-1] = [path for path in below if path not in wanted]
+    own = {song.path.with_suffix(".json") for song in songs}
+    return [path for path in wanted if path.is_file() and not (path in own and _is_sidecar(path))]
 
 
-def _read_dataset_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Read the metadata of all songs and the entries."""
+def _is_sidecar(path: Path) -> bool:
     content = _read_json(path)
-    if isinstance(content, list):
-        content = {"samples": content}
-    samples = content.get("samples") if isinstance(content, dict) else None
-    metadata = content.get("metadata", {}) if isinstance(content, dict) else None
-    if not isinstance(samples, list) or not isinstance(metadata, dict):
-        keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        wanted = '{"metadata": {...}, "samples": [...]}'
-        raise UserError(f"{path} must be a list of songs or {wanted}, it has {printable(keys):.200}")
-    return metadata, samples
+    return isinstance(content, dict) and "samples" not in content
 
 
-def _read_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Check what dataset.json says about all songs."""
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for key, convert in _FILE_KEYS.items():
-        if metadata.get(key) not in (None, ""):
-            _convert(key, metadata[key], convert, values, f"{path} metadata", problems)
-    if problems:
-        raise UserError("; ".join(problems))
-    return values
-
-
-def _match_entries(samples: list[Any], listing: SongList, audio_dir: Path, path: Path) -> dict[str, dict[str, Any]]:
+def _match_entries(table: Table, listing: SongList, audio_dir: Path) -> dict[str, Entry]:
     """Give each song the entry that is about it; what cannot be given goes to ``failed`` and ``missing``."""
     songs = {os.path.realpath(song.path): song for song in listing.songs}
-    matched: dict[str, dict[str, Any]] = {}
-    for index, entry in enumerate(samples):
+    by_file: dict[str, list[Song]] = {}
+    by_title: dict[str, list[Song]] = {}
+    for song in listing.songs:
+        by_file.setdefault(song.path.name, []).append(song)
+        by_title.setdefault(caption_from_name(song.path).casefold(), []).append(song)
+    matched: dict[str, Entry] = {}
+    for entry in table.entries:
         try:
-            song = _song_of(entry, songs, audio_dir, path.parent)
+            song = _song_of(entry.values, songs, by_file, by_title, audio_dir, table.path.parent)
             if song.name in matched:
                 raise ValueError(f"{song.name} is named twice; the first entry is used")
             matched[song.name] = entry
         except LookupError as error:
             listing.missing.append(str(error.args[0]))
         except ValueError as error:
-            listing.failed[f"{path} entry {index}"] = str(error)
+            listing.failed[entry.where] = str(error)
     return matched
 
 
-def _song_of(entry: Any, songs: dict[str, Song], audio_dir: Path, beside: Path) -> Song:
-    """Find the song that an entry is about, by its audio_path and then by its file name.
+def _song_of(
+    values: Any,
+    songs: dict[str, Song],
+    by_file: dict[str, list[Song]],
+    by_title: dict[str, list[Song]],
+    audio_dir: Path,
+    beside: Path,
+) -> Song:
+    """Find the song that an entry is about, by its path, its file name, or its title where it has neither.
 
     Paths written on another machine do not exist here, so the last part of one is enough if only one song has it.
 
@@ -261,21 +235,20 @@ def _song_of(entry: Any, songs: dict[str, Song], audio_dir: Path, beside: Path) 
         LookupError: with the name of a file that is not there.
         ValueError: saying why the entry cannot be used.
     """
-    if not isinstance(entry, dict):
-        raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {entry!r:.60}')
-    values = (entry.get(key) for key in ("audio_path", "filename"))
-    names = [value.replace("\\", "/") for value in values if isinstance(value, str) and value]
-    if not names:
-        raise ValueError("neither audio_path nor filename names a file")
-    if any(_CONTROL.search(name) for name in names):
+    if not isinstance(values, dict):
+        raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {values!r:.60}')
+    names = [_as_path(value) for value in values.get("file", ()) if isinstance(value, str) and value.strip()]
+    if any(CONTROL.search(name) for name in names):
         raise ValueError("its file name holds control characters")
+    if not names:
+        return _song_by_title(values, by_title)
     candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, audio_dir)]
     for candidate in candidates:
         if candidate in songs:
             return songs[candidate]
     if any(os.path.isfile(file) and not Path(file).is_relative_to(audio_dir.resolve()) for file in candidates):
         raise ValueError(f"{names[0]} is outside audio_dir={audio_dir}; move it there")
-    same_name = [song for song in songs.values() if song.path.name == names[-1].rpartition("/")[2]]
+    same_name = by_file.get(names[-1].rpartition("/")[2], [])
     if len(same_name) > 1:
         raise ValueError(f"{names[0]} could be any of {_names([song.name for song in same_name])}")
     if not same_name:
@@ -283,18 +256,37 @@ def _song_of(entry: Any, songs: dict[str, Song], audio_dir: Path, beside: Path) 
     return same_name[0]
 
 
+def _song_by_title(values: dict[str, Any], by_title: dict[str, list[Song]]) -> Song:
+    title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
+    if not title:
+        raise ValueError("neither audio_path nor filename names a file")
+    for name in (f"{artist} - {title}", f"{title} - {artist}", title):
+        found = by_title.get(name.replace("_", " ").casefold(), [])
+        if len(found) > 1:
+            raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
+        if found:
+            return found[0]
+    raise LookupError(f"{artist} - {title}"[:200] if artist else title[:200])
+
+
+def _as_path(text: str) -> str:
+    if text.startswith("file://"):
+        text = urllib.parse.unquote(urllib.parse.urlsplit(text).path)
+    return text.strip().replace("\\", "/")
+
+
 # sidecars
 
 
 def _read_sidecars(
-    song: Song, metadata_file: Path | None, notes: list[str], problems: list[str]
+    song: Song, tables: Sequence[Path], notes: list[str], problems: list[str]
 ) -> list[tuple[dict[str, Any], Path]]:
     """Read the files beside a song, the one that wins last."""
     found: list[tuple[dict[str, Any], Path]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
         path = song.path.with_name(song.path.stem + suffix)
-        if os.path.isfile(path) and path != metadata_file:  # unlike Path.is_file, it takes a name of any length
+        if os.path.isfile(path) and path not in tables:  # unlike Path.is_file, it takes a name of any length
             try:
                 found.append((parse(path), path))
             except UserError as error:
@@ -308,6 +300,7 @@ def _read_sidecars(
 
     read(".txt", parse_txt)
     read(".json", _read_object)
+    read(".lrc", lambda path: {"lyrics": _read_text(path)})
     read(".caption.txt", lambda path: {"caption": _read_text(path)})
     read(".lyrics.txt", lambda path: {"lyrics": _read_text(path)})
     return found
@@ -334,7 +327,7 @@ def _parse_txt(text: str) -> tuple[dict[str, Any], list[str]]:
     key = ""
     for line in lines:
         name, value = _split_key(line)
-        if name in _SONG_KEYS and name not in values and (key != "lyrics" or _is_sure_key(line)):
+        if name in SONG_KEYS and name not in values and (key != "lyrics" or _is_sure_key(line)):
             key = name
             values[key] = value
         elif key in ("caption", "lyrics"):
@@ -349,7 +342,7 @@ def _split_key(line: str) -> tuple[str, str]:
     if match is None:
         return "", ""
     key = match[1].lower()
-    return _ALIASES.get(key, key), match[2].strip()
+    return ALIASES.get(key, key), match[2].strip()
 
 
 def _is_sure_key(line: str) -> bool:
@@ -358,7 +351,7 @@ def _is_sure_key(line: str) -> bool:
     if key in _FORMS:
         return _FORMS[key].fullmatch(value.lower()) is not None
     try:
-        return key in _SONG_KEYS and _SONG_KEYS[key](value) is not None
+        return key in SONG_KEYS and SONG_KEYS[key](value) is not None
     except ValueError:
         return False
 
@@ -371,10 +364,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    return parse_json(_read_text(path), str(path))
 
 
 def _read_text(path: Path) -> str:
@@ -382,115 +372,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-# values
-
-
-def _merge(song: Song, values: dict[str, Any], source: str, where: str, problems: list[str]) -> None:
-    """Put the values one source gives into a song."""
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        name = _ALIASES.get(key, key)
-        if name in _SONG_KEYS and value is not None and str(value).strip() not in ("", "N/A"):
-            _convert(name, value, _SONG_KEYS[name], given, where, problems)
-    if "lyrics" in given and "is_instrumental" not in given:
-        song.is_instrumental = False  # lyrics beside the song win over a mark further away
-    if "caption" in given:
-        song.source = source
-    for key, value in given.items():
-        setattr(song, key, value)
-
-
-def _convert(
-    key: str, value: Any, convert: Callable[[Any], Any], into: dict[str, Any], where: str, problems: list[str]
-) -> None:
-    try:
-        into[key] = convert(value)
-    except ValueError as error:
-        problems.append(f"{where}: {key} must be {error}, it is {str(value)[:60]!r}")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("text")
-    text = value.replace("\r\n", "\n").replace("\r", "\n").strip()
-    if _CONTROL.search(text):
-        raise ValueError("text without control characters")
-    return text
-
-
-def _line(value: Any) -> str:
-    text = _text(value)
-    if "\n" in text:
-        raise ValueError("one line of text")
-    return text
-
-
-def _bpm(value: Any) -> int:
-    message = "a number of beats per minute above 0"
-    try:
-        words = re.sub(r"\s*bpm$", "", str(value).strip(), flags=re.IGNORECASE)
-        number = math.nan if isinstance(value, bool) else float(words)
-    except ValueError:
-        raise ValueError(message) from None
-    if not 0.5 <= number < 10_000:
-        raise ValueError(message)
-    return round(number)
-
-
-def _timesignature(value: Any) -> str:
-    """Keep the numerator, which is all that ACE-Step's prompt has room for."""
-    match = re.fullmatch(r"([1-9]\d?)(\.0+)?(\s*/\s*[1-9]\d?)?", str(value).strip(), re.ASCII)
-    if match is None:
-        raise ValueError('a number of beats per bar such as "4" or "4/4"')
-    return match[1]
-
-
-def _bool(value: Any) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    try:
-        return words[str(value).strip().lower()]
-    except KeyError:
-        raise ValueError("true or false") from None
-
-
-def _percentage(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100:
-        raise ValueError("a whole number from 0 to 100")
-    return value
-
-
-def _repeat(value: Any) -> int:
-    if isinstance(value, bool) or not str(value).strip().isdecimal():
-        raise ValueError("a whole number")
-    return int(str(value))
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def convert(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return str(value)
-
-    return convert
-
-
-_SONG_KEYS: dict[str, Callable[[Any], Any]] = {
-    "caption": _text,
-    "genre": _line,
-    "lyrics": _text,
-    "bpm": _bpm,
-    "keyscale": _line,
-    "timesignature": _timesignature,
-    "language": _line,
-    "is_instrumental": _bool,
-    "custom_tag": _line,
-    "prompt_override": _one_of(PROMPTS),
-    "repeat": _repeat,
-}
-_FILE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "custom_tag": _line,
-    "tag_position": _one_of(TAG_POSITIONS),
-    "genre_ratio": _percentage,
-}

@@ -22,7 +22,7 @@ class Losses(NamedTuple):
     """What one micro-batch gives."""
 
     losses: Tensor
-    """(B,) float32."""
+    """(B,) float32, each multiplied by the weight of its song."""
     t: Tensor
     """(B,) the times drawn."""
 
@@ -80,7 +80,7 @@ class Forward:
             noising,
             batch.frame_mask,
         )
-        return Losses(losses, noising.t)
+        return Losses(losses if batch.weights is None else losses * batch.weights, noising.t)
 
 
 def predict_velocity(model: nn.Module, context: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

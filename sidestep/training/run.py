@@ -28,6 +28,7 @@ from sidestep.config.gate import read_profiles
 from sidestep.config.settings import MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import hold_out
+from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
@@ -51,7 +52,7 @@ from sidestep.training.tracking import RunRecord, read_record, versions
 
 log = logging.getLogger(__name__)
 
-PATHS = ("checkpoint_dir", "dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
+PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
 """Settings that say where things lie and run; not written into adapters."""
 
 
@@ -124,11 +125,11 @@ class Run:
 
     def step_at_epoch(self, epoch: int) -> int:
         """The first step at whose end every song was seen ``epoch`` times."""
-        return math.ceil(epoch * len(self.dataset.songs) / self.songs_per_step)
+        return math.ceil(epoch * self.dataset.songs_per_epoch / self.songs_per_step)
 
     def epoch_at(self, step: int) -> float:
         """How often every song was seen, on average, at the end of a step."""
-        return step * self.songs_per_step / len(self.dataset.songs)
+        return step * self.songs_per_step / self.dataset.songs_per_epoch
 
     def checkpoint_name(self, step: int) -> str | None:
         """Name of the checkpoint to write at the end of a step, or None.
@@ -156,9 +157,11 @@ class Run:
         groups = {key: config[key] for key in ("adapter", "optim", "schedule", "timesteps", "objective")}
         flat = {f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()}
         flat.pop("adapter.default_lr")  # only a default of optim.lr
+        data = {key: value for key, value in config["data"].items() if key != "allow_leaked_reference"}
         settings = {
             **{group: self.record.choices[group] for group in groups},
             **flat,
+            **{f"data.{key}": value for key, value in data.items()},
             "model_variant": self.config.model_variant.name,
             "seed": self.config.seed,
             "condition_dropout": self.config.condition_dropout,
@@ -381,9 +384,16 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     if config.max_seconds is not None:
         memory.max_seconds = config.max_seconds
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
-    dataset = SongDataset(Path(config.dataset_dir), max_seconds=memory.max_seconds, seed=config.seed)
+    dataset = SongDataset(
+        Path(config.dataset_dir),
+        max_seconds=memory.max_seconds,
+        seed=config.seed,
+        config=config.data,
+        batch_size=memory.batch_size,
+        prior_folder=None if config.prior_dataset_dir is None else Path(config.prior_dataset_dir),
+    )
     check_dataset_fits(dataset, checkpoint)
-    trained, held_out = hold_out(dataset.songs, config.validation)
+    trained, held_out = hold_out(dataset.own_songs, config.validation)
     silence = checkpoint.silence()
     previous = read_record(output_dir / "run.json")
     record = RunRecord(
@@ -440,11 +450,29 @@ def check_dataset_fits(dataset: SongDataset, checkpoint: Checkpoint) -> None:
     """
     name = checkpoint.variant.name
     again = f"make one with python -m sidestep.preprocess model_variant={name} dataset_dir=<another folder> ..."
-    if dataset.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
+    for key, source in zip(("dataset_dir", "prior_dataset_dir"), dataset.sources, strict=False):
+        if isinstance(source, LegacySongs):
+            _check_legacy_fits(source, checkpoint, key)
+        elif source.info.fingerprints.get("condition_encoder") != checkpoint.fingerprint("condition_encoder"):
+            raise UserError(
+                f"{key}={source.folder} was made with the condition encoder of another checkpoint "
+                f"({source.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
+            )
+
+
+def _check_legacy_fits(songs: LegacySongs, checkpoint: Checkpoint, key: str) -> None:
+    """Refuse tensor files of another model, as far as they say; only Side-Step's do."""
+    name, made_for = checkpoint.variant.name, songs.info.model_variant
+    width = checkpoint.null_condition().shape[1]
+    if songs.info.condition_width != width:
         raise UserError(
-            f"dataset_dir={dataset.folder} was made with the condition encoder of another checkpoint "
-            f"({dataset.info.model_variant}) than model_variant={name} in {checkpoint.folder}; {again}"
+            f"{key}={songs.folder} has conditions of {songs.info.condition_width} channels, and model_variant={name} "
+            f"reads {width}; the files are for another model"
         )
+    if made_for == "unknown":
+        log.warning("%s=%s does not say which model it was made for; taking it to be %s", key, songs.folder, name)
+    elif made_for != name:
+        raise UserError(f"{key}={songs.folder} was made for model_variant={made_for}, not {name}; type that instead")
 
 
 def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | None:

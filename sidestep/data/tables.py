@@ -1,0 +1,189 @@
+"""Files that hold the words of many songs: dataset.json, CSV and JSONL, whoever wrote them.
+
+dataset.json        of ACE-Step's or Side-Step's dataset builder: {"metadata": ..., "samples": [...]} or the list
+metadata.csv/jsonl  of Hugging Face's audiofolder, in any folder of songs; file_name names the song
+*.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Traktor, Mixed In Key, Mixxx, ...), with a head line
+songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidestep.data.words import FILE_KEYS, convert
+from sidestep.errors import UserError
+
+SONGS = "songs.jsonl"
+FOUND = ("dataset.json", "key_bpm.csv", "metadata.csv", "metadata.jsonl", SONGS)
+"""Read without being named, in this order; in folders of songs below audio_dir, only those of audiofolder are."""
+
+COLUMNS = {
+    "file": ("audio", "audio_path", "file_name", "filename", "file name", "file", "file path",
+             "filepath", "path", "location", "file location", "track location"),
+    "title": ("track title", "title", "name", "track", "track name", "song"),
+    "artist": ("artist", "artists", "track artist"),
+    "caption": ("caption", "prompt", "description", "text"),
+    "genre": ("genre", "genres", "style"),
+    "lyrics": ("lyrics", "lyric"),
+    "sections": ("sections",),
+    "bpm": ("bpm", "tempo"),
+    "keyscale": ("key", "keyscale", "key result", "initial key", "initialkey", "tonality", "camelot", "camelot key",
+                 "key (camelot)", "open key"),
+    "timesignature": ("timesignature", "time signature", "time_signature", "signature", "meter"),
+    "language": ("language", "lang"),
+    "is_instrumental": ("is_instrumental", "instrumental"),
+    "custom_tag": ("custom_tag",),
+    "prompt_override": ("prompt_override",),
+    "repeat": ("repeat", "repeats"),
+    "weight": ("weight",),
+}  # fmt: skip
+"""Key of an entry -> what programs call it, in any case; of several, the first that has a value counts."""
+
+_BY_NAME = {name: key for key, names in COLUMNS.items() for name in names}
+
+
+@dataclass
+class Entry:
+    """What one line says about one song."""
+
+    values: Any
+    """By key; of JSON, anything."""
+    where: str
+    """File and line."""
+
+
+@dataclass
+class Table:
+    """The entries of one file."""
+
+    path: Path
+    entries: list[Entry]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """What it says about all songs: custom_tag, tag_position, genre_ratio."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Lines that cannot be read, and why."""
+    unused: list[str] = field(default_factory=list)
+    """Columns that say nothing about a song."""
+
+    @property
+    def is_about_songs(self) -> bool:
+        """Whether it is not the songs.jsonl of a dataset folder, which preprocessing wrote."""
+        return not any(isinstance(entry.values, dict) and "latents" in entry.values for entry in self.entries[:1])
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing else is read about a song that is in it."""
+        return self.path.name == SONGS
+
+
+def read_table(path: Path) -> Table:
+    """Read a file with the words of many songs.
+
+    Raises:
+        UserError: if the file as a whole cannot be read; a line that cannot goes to ``failed``.
+    """
+    text = _decode(path)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return _read_jsonl(path, text)
+    if suffix == ".json":
+        return _read_json(path, text)
+    return _read_csv(path, text)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        UserError: if it is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+
+
+def _decode(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):  # rekordbox exports UTF-16
+            return data.decode("utf-16")
+        return data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_json(path: Path, text: str) -> Table:
+    content = parse_json(text, str(path))
+    if isinstance(content, list):
+        content = {"samples": content}
+    samples = content.get("samples") if isinstance(content, dict) else None
+    metadata = content.get("metadata", {}) if isinstance(content, dict) else None
+    if not isinstance(samples, list) or not isinstance(metadata, dict):
+        keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
+        keys = keys if keys.isprintable() else ascii(keys)[1:-1]
+        wanted = '{"metadata": {...}, "samples": [...]}'
+        raise UserError(f"{path} must be a list of songs or {wanted}, it has {keys:.200}")
+    defaults: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, conversion in FILE_KEYS.items():
+        if metadata.get(key) not in (None, ""):
+            convert(key, metadata[key], conversion, defaults, f"{path} metadata", problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    return Table(path, [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples)], defaults)
+
+
+def _read_jsonl(path: Path, text: str) -> Table:
+    table = Table(path, [])
+    for number, line in enumerate(text.splitlines(), start=1):
+        where = f"{path} line {number}"
+        if line.strip():
+            try:
+                table.entries.append(_entry(parse_json(line, where), where))
+            except UserError as error:
+                table.failed[where] = str(error).removeprefix(f"{where} ")
+    return table
+
+
+def _read_csv(path: Path, text: str) -> Table:
+    head = text.partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
+    try:
+        names = [name.strip().lower() for name in next(rows, [])]
+        table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])
+        if not {_BY_NAME.get(name) for name in names} & {"file", "title"}:
+            raise UserError(
+                f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
+                f"location or title; it begins with {head.strip()[:80]!r}"
+            )
+        line = rows.line_num + 1
+        for row in rows:
+            where = f"{path} line {line}"
+            line = rows.line_num + 1
+            if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
+                count = f"it has {len(row)} values for {len(names)} columns"
+                table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
+            elif any(cell.strip() for cell in row):
+                table.entries.append(_entry(dict(zip(names, row, strict=False)), where))
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} cannot be read as CSV: {error}") from error
+    return table
+
+
+def _entry(values: Any, where: str) -> Entry:
+    """Give the values of an entry sidestep's own names."""
+    if not isinstance(values, dict):
+        return Entry(values, where)
+    named: dict[str, Any] = {"latents": ""} if "latents" in values else {}
+    lower = {str(name).strip().lower(): value for name, value in values.items()}
+    for key, names in COLUMNS.items():
+        given = [lower[name] for name in names if lower.get(name) not in (None, "")]
+        if given:
+            named[key] = given if key == "file" else given[0]
+    return Entry(named, where)

@@ -1,0 +1,21 @@
+"""List, check and edit the words of a folder of songs: ``python -m sidestep.songs audio_dir=...``."""
+
+from __future__ import annotations
+
+import sys
+
+from sidestep.cli import run_command
+from sidestep.config.data import SongsConfig
+
+
+def songs_command(config: SongsConfig) -> None:
+    """List, and exit with 1 if words of a song cannot be used."""
+    # imported here so that a mistyped setting is answered before torch loads
+    from sidestep.data.listing import list_songs
+
+    if list_songs(config).failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command("songs", SongsConfig, songs_command)

@@ -1,0 +1,140 @@
+"""Importance of modules, on a model where it is known, and ranks within a budget."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from sidestep.adapters.lora import LoraConfig
+from sidestep.errors import UserError
+from sidestep.training.fisher import Importance, allocate, analyze, measure
+from tests.factories import analyze_config, run_training, train_config
+
+
+class Known(nn.Module):
+    """y = 3 a(x) + b(x) + 0 c(x): the gradient of a's weight is three times b's, and c has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 2, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return 3 * self.a(x) + self.b(x) + 0 * self.c(x)
+
+
+def test_importance_is_the_mean_squared_gradient_with_its_standard_error():
+    model = Known()
+    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    dataset = SimpleNamespace(songs=[SimpleNamespace(audio="x.wav")])
+    example = SimpleNamespace(song=0, latents=torch.zeros(2, 64), condition=torch.zeros(1, 8), weight=1.0)
+
+    class Examples:
+        songs = dataset.songs
+
+        def __getitem__(self, position):
+            return example
+
+    def forward(batch, step, index):
+        return SimpleNamespace(losses=model(inputs[step : step + 1]).sum(dim=1))
+
+    found = measure(forward, model, ["a", "b", "c"], Examples(), 6)
+    squares = 2 * inputs.double().square().sum(dim=1)  # the gradient of b's weight is x in each of its two rows
+    assert found["b"].mean == pytest.approx(squares.mean().item(), rel=1e-5)
+    assert found["b"].error == pytest.approx(squares.std().item() / 6**0.5, rel=1e-5)
+    assert found["a"].mean == pytest.approx(9 * found["b"].mean, rel=1e-5)
+    assert found["c"].mean == 0
+    ranks = allocate(
+        {path: Importance(mean=each.mean, error=0, sides=(512, 512)) for path, each in found.items()}, 27, 128
+    )
+    assert ranks == {"a": 60, "b": 20, "c": 1}
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 17, 64])
+def test_ranks_use_the_budget_and_no_more(rank):
+    generator = torch.Generator().manual_seed(rank)
+    sides = [(2048, 2048), (1024, 2048), (6144, 2048)]
+    importance = {
+        str(i): Importance(mean=torch.rand(1, generator=generator).item() ** 4, error=0, sides=sides[i % 3])
+        for i in range(48)
+    }
+    ranks = allocate(importance, rank, 4 * rank)
+    cost = {path: sum(module.sides) for path, module in importance.items()}
+    used, budget = sum(ranks[path] * cost[path] for path in ranks), rank * sum(cost.values())
+    assert used <= budget
+    assert budget - used < max(cost.values())
+    assert all(1 <= each <= 4 * rank for each in ranks.values())
+
+
+def test_equal_importance_gives_the_flat_rank():
+    importance = {str(i): Importance(mean=2.0, error=0, sides=(64, 64)) for i in range(5)}
+    assert set(allocate(importance, 8, 32).values()) == {8}
+
+
+def test_a_model_without_gradients_is_refused():
+    with pytest.raises(UserError, match="no target module has a gradient"):
+        allocate({"x": Importance(mean=0.0, error=0, sides=(4, 4))}, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory, checkpoint_dir, dataset_dir):
+    folder = tmp_path_factory.mktemp("analyzed")
+    typed = [
+        f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "rank=4", "max_rank=16", "num_examples=6",
+        "max_seconds=2", "target_modules=[q_proj,up_proj]",
+    ]  # fmt: skip
+    return [analyze(analyze_config(*typed, f"output={folder}/{name}.json")) for name in ("one", "other")]
+
+
+def test_the_analysis_is_the_same_every_time(analyzed):
+    one, other = analyzed
+    assert one.read_bytes() == other.read_bytes()
+    assert one.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_takes_the_ranks_only_where_the_file_is_named(analyzed, tmp_path, checkpoint_dir, dataset_dir):
+    content = json.loads(analyzed[0].read_text())
+    pattern = content["rank_pattern"]
+    assert len(set(pattern.values())) > 1
+    assert all(mean > 0 and error > 0 for mean, error in content["about"]["importance"].values())
+    typed = ["adapter=lora", "adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]"]
+    config = train_config(*typed, f"adapter.rank_pattern_file={analyzed[0]}").adapter
+    assert {path: config.rank_of(path) for path in pattern} == pattern
+    assert train_config(*typed).adapter.rank_pattern == {}
+    places = [f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=null", "max_steps=1"]
+    run_training(tmp_path / "run", *typed, *places, f"adapter.rank_pattern_file={analyzed[0]}")
+    saved = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert str(analyzed[0]) not in (tmp_path / "run/final/adapter_model.safetensors").read_bytes().decode("latin-1")
+    assert set(saved["rank_pattern"].values()) <= set(pattern.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("{}", "has no rank_pattern"),
+        ('{"rank_pattern": {"q_proj": 0}}', "whole number above 0"),
+    ],
+)
+def test_a_file_that_holds_no_ranks_is_refused(tmp_path, content, message):
+    (tmp_path / "ranks.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        LoraConfig(rank_pattern_file=str(tmp_path / "ranks.json"))
+
+
+def test_ranks_are_named_in_one_place_only(analyzed):
+    with pytest.raises(UserError, match="leave one out"):
+        LoraConfig(rank_pattern_file=str(analyzed[0]), rank_pattern={"q_proj": 2})
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [("max_rank=8", "max_rank=8 must be at least rank=64"), ("num_examples=1", "num_examples=1 must be at least 2")],
+)
+def test_settings_that_contradict_each_other_are_refused(typed, message):
+    with pytest.raises(UserError, match=message):
+        analyze_config(typed)

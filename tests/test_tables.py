@@ -1,0 +1,336 @@
+"""Tables of songs in every dialect, tags inside files, lyrics with times, and the one form they all become."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from mutagen.flac import FLAC
+from mutagen.id3 import ID3, SYLT, TBPM, TCON, TIT2, TKEY, USLT
+from mutagen.mp4 import MP4
+
+from sidestep.data import songs as songs_module
+from sidestep.data.listing import list_songs
+from sidestep.data.lyrics import parse_lrc, parse_sections, sung_between, untimed
+from sidestep.data.songs import read_songs
+from sidestep.data.words import spell_key
+from sidestep.errors import UserError
+from tests.audio_files import write
+from tests.factories import songs_config
+
+AUDIO = ("One Love.wav", "live/02 - Two_hearts.flac", "live/three.mp3")
+LRC = (
+    "[ar:Someone]\n[offset:0]\n[Verse]\n[00:01.00]first <00:01.50>line\n[00:03.50][00:09.5]again\n[Chorus]\n[00:06]high"
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "songs"
+
+    def make(files=(), audio=AUDIO):
+        for name in audio:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).touch()
+        for name, content in dict(files).items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return root
+
+    return make
+
+
+def words(root, **settings):
+    listing = read_songs(root, **settings)
+    assert not listing.failed, listing.failed
+    return {song.name: song for song in listing.songs}
+
+
+REKORDBOX = "#\tArtwork\tTrack Title\tArtist\tAlbum\tGenre\tBPM\tRating\tTime\tKey\tDate Added\r\n" \
+    "1\t\tOne Love\tBand\tFirst\tHouse\t127.98\t*****\t05:12\tF#m\t2024-01-01\r\n" \
+    "2\t\tTwo hearts\tBand\tFirst\tDeep House\t120.00\t\t04:00\t8A\t2024-01-01\r\n"  # fmt: skip
+DIALECTS = {
+    "key_bpm.csv": "File,Artist,Title,BPM,Key,Camelot\nOne Love.wav,Band,One Love,128,F# minor,11A\n"
+    "02 - Two_hearts.flac,Band,Two hearts,120,,8A\n",
+    "rekordbox.txt": REKORDBOX.encode("utf-16"),
+    "serato.csv": '"name","artist","bpm","key","genre"\n"One Love","Band","128.0","F#m","House"\n'
+    '"Two hearts","Band","120","Am","Deep House"\n',
+    "mixed_in_key.csv": "File name;Key result;BPM;Energy\nOne Love.wav;11A;127.9;7\n02 - Two_hearts.flac;8A;120;5\n",
+    "mixxx.csv": "Artist,Title,BPM,Key,Location\nBand,One Love,128,F♯m,/home/dj/Music/One Love.wav\n"
+    "Band,Two hearts,120,Am,file:///home/dj/live/02%20-%20Two_hearts.flac\n",
+    "audiofolder.csv": "file_name,text,bpm,key\nOne Love.wav,a love song,128,F# minor\n"
+    'live/02 - Two_hearts.flac,"two, hearts",120,A minor\n',
+    "words.jsonl": '{"file_name": "One Love.wav", "bpm": 128, "keyscale": "F# minor"}\n\n'
+    '{"audio_path": "C:\\\\music\\\\02 - Two_hearts.flac", "tempo": "120 bpm", "key": "Am"}\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_every_dialect_of_tables_gives_tempo_and_key(folder, tmp_path, name):
+    root = folder()
+    (tmp_path / name).write_bytes(DIALECTS[name] if isinstance(DIALECTS[name], bytes) else DIALECTS[name].encode())
+    songs = words(root, metadata_file=tmp_path / name)
+    one, two, three = (songs[name] for name in ("One Love.wav", "live/02 - Two_hearts.flac", "live/three.mp3"))
+    assert (one.bpm, one.keyscale) == (128, "F# minor")
+    assert (two.bpm, two.keyscale) == (120, "A minor")
+    assert (three.bpm, three.keyscale, three.source) == (None, "", "file name")
+    if name == "audiofolder.csv":
+        assert (one.caption, two.caption, one.source) == ("a love song", "two, hearts", name)
+    if name == "rekordbox.txt":
+        assert (one.genre, two.genre) == ("House", "Deep House")
+
+
+def test_columns_that_say_nothing_about_a_song_are_noted(folder, tmp_path):
+    (tmp_path / "mik.csv").write_text(DIALECTS["mixed_in_key.csv"])
+    assert read_songs(folder(), metadata_file=tmp_path / "mik.csv").notes == [
+        f"columns of {tmp_path / 'mik.csv'} that are not used: energy"
+    ]
+
+
+def test_tables_are_found_by_name_and_the_nearer_one_wins(folder):
+    root = folder(
+        {
+            "dataset.json": json.dumps([{"filename": "One Love.wav", "caption": "json", "bpm": 100, "genre": "pop"}]),
+            "key_bpm.csv": DIALECTS["key_bpm.csv"],
+            "metadata.csv": "file_name,text\nOne Love.wav,from csv\nlive/three.mp3,far\n",
+            "live/metadata.jsonl": '{"file_name": "three.mp3", "text": "near"}\n',
+            "One Love.json": '{"genre": "rock"}',
+        }
+    )
+    songs = words(root)
+    one = songs["One Love.wav"]
+    assert (one.caption, one.source, one.bpm, one.genre) == ("from csv", "metadata.csv", 128, "rock")
+    assert songs["live/three.mp3"].caption == "near"
+
+
+def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
+    root = folder(
+        {
+            "metadata.csv": 'file_name,text,bpm,repeat\nOne Love.wav,"two\nlines",fast,1\ngone.wav,x,,\n'
+            "live/three.mp3,a,b,c,d\nlive/three.mp3,ok,90,0\n",
+            "live/metadata.jsonl": '{"file_name": "02 - Two_hearts.flac", "weight": -1}\n{"file_name": \n[]\n',
+        }
+    )
+    listing = read_songs(root)
+    assert not listing.songs
+    assert listing.missing == ["gone.wav"]
+    csv, jsonl = root / "metadata.csv", root / "live/metadata.jsonl"
+    for key, reason in {
+        "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute above 0, it is 'fast'",
+        "live/three.mp3": f"{csv} line 6 of live/three.mp3: repeat must be a whole number of at least 1, it is '0'",
+        "live/02 - Two_hearts.flac": "line 1 of live/02 - Two_hearts.flac: weight must be a number above 0, it is '-1'",
+        f"{csv} line 5": "it has 5 values for 4 columns; a value with ',' in it is written in quotes",
+        f"{jsonl} line 2": "is not JSON",
+        f"{jsonl} line 3": "it must be an object",
+    }.items():
+        assert reason in listing.failed.pop(key)
+    assert not listing.failed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"artist,bpm\nx,90\n", r"must begin with a line of column names, .* it begins with 'artist,bpm'"),
+        (b"", "must begin with a line of column names"),
+        (b"file_name,text\ncaf\xe9.wav,x\n", "cannot be read as UTF-8"),
+        (b"file_name,text\n" + b"x" * 200_000 + b",y\n", r"line \d cannot be read as CSV"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_by_name(folder, content, message):
+    root = folder({"metadata.csv": content})
+    with pytest.raises(UserError, match=rf"metadata\.csv.*{message}"):
+        read_songs(root)
+
+
+@pytest.mark.parametrize(
+    ("written", "spelt"),
+    [
+        ("Am", "A minor"), ("F#", "F# major"), ("Bbm", "Bb minor"), ("Cmaj", "C major"), ("d min", "D minor"),
+        ("E♭", "Eb major"), ("8A", "A minor"), ("08B", "C major"), ("1A", "Ab minor"), ("12B", "E major"),
+        ("1m", "A minor"), ("6d", "B major"), ("C major", "C major"), ("A Minor", "A Minor"), ("atonal", "atonal"),
+    ],
+)  # fmt: skip
+def test_keys_of_dj_programs_are_spelt_as_ace_step_does(written, spelt):
+    assert spell_key(written) == spelt
+
+
+# tags inside files
+
+
+def tone(seconds=0.3):
+    return (0.1 * np.sin(np.arange(round(seconds * 44_100)) / 20)).astype(np.float32).reshape(-1, 1).repeat(2, axis=1)
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """Files with tags of each kind, as music programs write them."""
+    root = tmp_path / "songs"
+    for name in ("id3.mp3", "wave.wav", "vorbis.flac", "atoms.m4a", "plain.ogg"):
+        write(root / name, tone())
+    frames = [TIT2(text="A title"), TCON(text="House"), TBPM(text="127.6"), TKEY(text="Am")]
+    id3 = ID3()
+    for frame in [*frames, USLT(lang="eng", text="[00:01.00]la\n[00:02.00]li")]:
+        id3.add(frame)
+    id3.save(root / "id3.mp3")
+    from mutagen.wave import WAVE
+
+    wave = WAVE(root / "wave.wav")
+    wave.add_tags()
+    for frame in [*frames, SYLT(lang="eng", format=2, type=1, text=[("la", 1000), ("li", 2000)])]:
+        wave.tags.add(frame)
+    wave.save()
+    flac = FLAC(root / "vorbis.flac")
+    flac.update({"title": "A title", "genre": "House", "bpm": "127.6", "initialkey": "Am"})
+    flac["lyrics"] = "[00:01.00]la\n[00:02.00]li"
+    flac.save()
+    atoms = MP4(root / "atoms.m4a")
+    atoms["\xa9nam"], atoms["\xa9gen"], atoms["tmpo"] = "A title", "House", [128]
+    atoms["----:com.apple.iTunes:initialkey"] = b"Am"
+    atoms["\xa9lyr"] = "[00:01.00]la\n[00:02.00]li"
+    atoms.save()
+    return root
+
+
+def test_tags_of_every_kind_are_read(tagged):
+    songs = words(tagged)
+    for name in ("id3.mp3", "wave.wav", "vorbis.flac", "atoms.m4a"):
+        song = songs[name]
+        assert (song.caption, song.source) == ("A title", "file tags")
+        assert (song.genre, song.bpm, song.keyscale, song.lyrics) == ("House", 128, "A minor", "la\nli")
+        assert song.timed_lyrics == [(1.0, "la"), (2.0, "li")]
+    assert (songs["plain.ogg"].caption, songs["plain.ogg"].source) == ("plain", "file name")
+
+
+def test_everything_else_wins_over_tags_and_they_can_be_left_out(tagged):
+    (tagged / "id3.caption.txt").write_text("mine")
+    (tagged / "metadata.csv").write_text("file_name,bpm\nid3.mp3,90\n")
+    song = words(tagged)["id3.mp3"]
+    assert (song.caption, song.bpm, song.keyscale) == ("mine", 90, "A minor")
+    song = words(tagged, file_tags=False)["id3.mp3"]
+    assert (song.caption, song.bpm, song.keyscale) == ("mine", 90, "")
+
+
+def test_without_mutagen_one_note_says_that_tags_are_not_read(tagged, monkeypatch):
+    monkeypatch.setattr(songs_module, "can_read_tags", lambda: False)
+    listing = read_songs(tagged)
+    assert {song.source for song in listing.songs} == {"file name"}
+    assert listing.notes == ["tags inside the files are not read; that takes pip install 'sidestep[tags]'"]
+
+
+# lyrics with times
+
+
+def test_lrc_gives_lines_by_time_with_sections_and_repeats():
+    assert parse_lrc(LRC) == [
+        (1.0, "[Verse]"), (1.0, "first line"), (3.5, "again"), (6.0, "[Chorus]"), (6.0, "high"), (9.5, "again"),
+    ]  # fmt: skip
+    assert parse_lrc("[offset:500]\n[00:01.00]a") == [(0.5, "a")]
+    assert parse_lrc("[Verse]\nno times") is None
+
+
+def test_sections_in_metadata_give_lines_by_time():
+    sections = [
+        {"start": 9, "label": "Chorus", "lyrics": "high\nhigher"},
+        {"start": 0.5, "label": "[Verse]", "text": "low"},
+    ]
+    lines = parse_sections(sections)
+    assert lines == [(0.5, "[Verse]"), (0.5, "low"), (9.0, "[Chorus]"), (9.0, "high"), (9.0, "higher")]
+    assert untimed(lines) == "[Verse]\nlow\n[Chorus]\nhigh\nhigher"
+
+
+@pytest.mark.parametrize("value", [[], "x", [{"lyrics": "x"}], [{"start": -1}], [{"start": 1}], [{"start": "1"}], [3]])
+def test_sections_that_are_none_leave_the_song_out(folder, value):
+    listing = read_songs(folder({"One Love.json": json.dumps({"sections": value})}))
+    assert "One Love.json: sections must be " in listing.failed["One Love.wav"]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "sung"),
+    [
+        (0, 5, "[Verse]\nfirst line\nagain"),
+        (3, 6, "[Verse]\nagain"),
+        (6, 12, "[Chorus]\nhigh\nagain"),
+        (9, 12, "[Chorus]\nagain"),
+        (10, 20, ""),
+    ],
+)
+def test_a_part_of_a_song_has_the_lines_that_begin_in_it(start, end, sung):
+    assert sung_between(parse_lrc(LRC), start, end) == sung
+
+
+def test_an_lrc_file_beside_a_song_is_read_and_untimed_lyrics_replace_its_times(folder):
+    root = folder({"One Love.lrc": LRC})
+    song = words(root)["One Love.wav"]
+    assert song.lyrics.startswith("[Verse]\nfirst line\nagain\n[Chorus]")
+    assert len(song.timed_lyrics) == 6
+    (root / "One Love.lyrics.txt").write_text("other words")
+    song = words(root)["One Love.wav"]
+    assert (song.lyrics, song.timed_lyrics) == ("other words", [])
+
+
+# the one form
+
+
+def test_songs_jsonl_says_what_every_source_said(folder, capsys):
+    root = folder(
+        {
+            "One Love.lrc": LRC,
+            "metadata.csv": "file_name,text,bpm,key,repeat,weight\nOne Love.wav,a love song,128,8A,2,0.5\n",
+            "live/three.txt": "caption: caf\xe9\ngenre: pop\nlyrics: la",
+        }
+    )
+    before = words(root)
+    list_songs(songs_config(f"audio_dir={root}", "write=true"))
+    lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["lyrics"].splitlines()[:2] == ["[00:01.000][Verse]", "[00:01.000]first line"]
+    assert lines[1:] == [
+        {"audio": "live/02 - Two_hearts.flac", "caption": "Two hearts"},
+        {"audio": "live/three.mp3", "caption": "café", "genre": "pop", "lyrics": "la"},
+    ]
+    after = words(root)
+    for name, song in before.items():
+        assert {**vars(after[name]), "source": ""} == {**vars(song), "source": ""}
+    (root / "One Love.caption.txt").write_text("edited later")
+    assert words(root)["One Love.wav"].caption == "a love song"  # songs.jsonl is the whole truth on a song in it
+
+
+def test_edits_are_shown_and_not_written_until_asked(folder, capsys):
+    root = folder({"live/three.caption.txt": "soft, oldtag, slow"})
+    typed = [f"audio_dir={root}", "only='live/*'", "remove_tag=oldtag", "add_tag=mystyle"]
+    list_songs(songs_config(*typed))
+    out = capsys.readouterr().out
+    assert 'caption: "soft, oldtag, slow" -> "soft, slow"' in out
+    assert out.count('custom_tag: null -> "mystyle"') == 2
+    assert "2 songs would change; nothing is written without write=true" in out
+    assert not (root / "songs.jsonl").exists()
+    list_songs(songs_config(*typed, "write=true"))
+    assert [song.custom_tag for song in words(root).values()] == ["", "mystyle", "mystyle"]
+    list_songs(songs_config(f"audio_dir={root}", "remove_tag=mystyle", "write=true"))
+    assert not any(song.custom_tag for song in words(root).values())
+    assert "mystyle" in (root / "songs.jsonl.bak").read_text()
+
+
+def test_missing_values_are_filled_from_file_tags(tagged):
+    list_songs(songs_config(f"audio_dir={tagged}", "file_tags=false", "write=true"))
+    assert words(tagged)["id3.mp3"].bpm is None
+    list_songs(songs_config(f"audio_dir={tagged}", "fill=true", "write=true"))
+    song = words(tagged)["id3.mp3"]
+    assert (song.caption, song.bpm, song.keyscale, len(song.timed_lyrics)) == ("id3", 128, "A minor", 2)
+
+
+def test_nothing_is_written_over_words_that_cannot_be_read(folder, capsys):
+    root = folder({"songs.jsonl": '{"audio": "One Love.wav", "bpm": "fast"}\n'})
+    with pytest.raises(UserError, match=r"songs\.jsonl is not written while 1 songs or entries cannot be used"):
+        list_songs(songs_config(f"audio_dir={root}", "write=true"))
+    assert (
+        f"cannot be used: One Love.wav: {root / 'songs.jsonl'} line 1 of One Love.wav: bpm must be"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_songs_of_a_dataset_folder_are_not_taken_for_words(folder):
+    line = {"audio": "One Love.wav", "latents": "latents/x.safetensors", "caption": "of the dataset"}
+    root = folder({"songs.jsonl": json.dumps(line) + "\n"})
+    assert {song.source for song in words(root).values()} == {"file name"}
