@@ -157,7 +157,10 @@
       {
         width: Math.max(260, place.clientWidth),
         height: 240,
-        scales: { x: { time: false, range: options.points ? () => [xs[0] - pad, xs[xs.length - 1] + pad] : undefined } },
+        scales: {
+          x: { time: false, range: options.points ? () => [xs[0] - pad, xs[xs.length - 1] + pad] : options.bars ? [0, 1] : undefined },
+          y: { range: options.bars ? (_, low, high) => [0, high * 1.1] : undefined }, // a bar's length is its value
+        },
         axes: [
           { ...axis, ...(options.labels ? { splits: () => xs, values: (_, values) => values.map((v) => options.labels[v] ?? "") } : {}) },
           { ...axis, size: 60 },
@@ -215,7 +218,7 @@
           { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: true },
         ];
       }),
-      { empty: "No held-out songs: train with validation.fraction=0.1." },
+      { empty: "No held-out songs: train with validation.fraction=0.1.", bars: list.length === 1 },
     );
     drawSetting();
     at("legend").replaceChildren(
@@ -247,6 +250,7 @@
     );
   }
 
+  at("setting").closest("figure").hidden = !varied.length;
   for (const key of varied) at("setting").append(make("option", key, { value: key }));
   at("setting").addEventListener("change", drawCharts);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
