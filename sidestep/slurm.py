@@ -190,7 +190,6 @@ def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequenc
     except ImportError as error:
         raise UserError("cluster=slurm needs submitit: pip install -c constraints.txt -e '.[slurm]'") from error
 
-    processes = cluster.processes_per_node or max(1, cluster.gpus_per_node)
     executor = submitit.SlurmExecutor(folder=sweep_dir / ".slurm" / "%j", python=_python(cluster))
     wanted = {
         "job_name": f"sidestep-{sweep_dir.name}",
@@ -200,7 +199,7 @@ def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequenc
         "constraint": cluster.constraint,
         "time": cluster.time_minutes,
         "nodes": cluster.nodes,
-        "ntasks_per_node": processes,
+        "ntasks_per_node": cluster.processes_on_a_node,
         "cpus_per_task": cluster.cpus_per_process,
         "gpus_per_node": cluster.gpus_per_node or None,
         "mem": f"{cluster.memory_gib}G" if cluster.memory_gib is not None else None,

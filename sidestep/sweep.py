@@ -83,7 +83,6 @@ def record_point(run: Callable[[], Any]) -> Any:
         overrides=list(hydra.overrides.task),
         started=now(),
         seconds=before.seconds if before is not None else 0.0,
-        objective=before.objective if before is not None else None,
         host=socket.gethostname(),
         process=os.getpid(),
         job=slurm_job(),
@@ -139,15 +138,10 @@ def _line(error: Exception) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def update_tables(sweep_dir: Path, *, at_once: bool = False) -> None:
-    """Write the table of a sweep anew, unless that was done a moment ago and there are many points to read.
-
-    Args:
-        sweep_dir: the sweep's folder.
-        at_once: write in any case.
-    """
+def update_tables(sweep_dir: Path) -> None:
+    """Write the table of a sweep anew, unless that was done a moment ago and there are many points to read."""
     table = sweep_dir / "sweep.json"
-    if not at_once and table.exists():
+    if table.exists():
         num_points = len(os.listdir(sweep_dir))
         if time.time() - table.stat().st_mtime < num_points / 50:  # one per cent of the time, at 0.2 ms for a point
             return

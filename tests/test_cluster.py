@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sidestep.config.gate import conf_dir, launches_sweep
 from sidestep.errors import UserError
 from sidestep.reporting.runs import Point, as_csv, same_point
-from tests.factories import train_config
+from tests.factories import preprocess_config, train_config
 from tests.forked import run
 
 SWEEPS = sorted(path for path in (conf_dir() / "sweep").glob("*.yaml"))
@@ -49,6 +49,11 @@ def test_a_mistake_in_the_settings_of_a_cluster_is_named(typed, answer):
     with pytest.raises(UserError) as raised:
         train_config("cluster=slurm", *typed)
     assert answer in str(raised.value)
+
+
+def test_a_part_of_a_dataset_is_done_by_one_process():
+    with pytest.raises(UserError, match="each shard is done by one process, not by 8"):
+        preprocess_config("audio_dir=a", "dataset_dir=b", "cluster=slurm", "cluster.gpus_per_node=8")
 
 
 def test_where_there_is_no_slurm_nothing_runs_and_one_line_says_so(tmp_path, monkeypatch):

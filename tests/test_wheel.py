@@ -53,6 +53,7 @@ def test_help_works_from_another_folder(installed, tmp_path):
     done = run_installed(installed, tmp_path, "--help")
     assert done.returncode == 0, done.stderr
     assert "xl_turbo" in done.stdout
+    assert (installed / "hydra_plugins/sidestep_slurm/__init__.py").is_file()
 
 
 def test_the_demo_trains_its_first_steps_from_another_folder(installed, tmp_path):

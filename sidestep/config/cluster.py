@@ -50,6 +50,16 @@ class SlurmConfig:
     wait: bool = True
     """Wait for all points and print their table; false submits and leaves."""
 
+    @property
+    def processes_on_a_node(self) -> int:
+        """One for each GPU, unless set."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def processes(self) -> int:
+        """Of one run, on all its nodes."""
+        return self.nodes * self.processes_on_a_node
+
     def __post_init__(self) -> None:
         counts = {key: getattr(self, key) for key in ("time_minutes", "nodes", "cpus_per_process", "array_width")}
         for key, value in {

@@ -288,6 +288,11 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "num_shards")
+        if self.cluster is not None and self.cluster.processes > 1:
+            raise UserError(
+                f"each shard is done by one process, not by {self.cluster.processes}; use cluster.nodes=1, "
+                f"cluster.gpus_per_node=1 and more shards"
+            )
         if (self.shard is None) != (self.num_shards is None):
             raise UserError("shard and num_shards belong together: -m 'shard=range(0,8)' num_shards=8")
         if self.shard is not None and self.num_shards is not None and not 0 <= self.shard < self.num_shards:

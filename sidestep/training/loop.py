@@ -122,7 +122,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     parameters = list(adapter.parameters())
     if config.compile:
         compile_blocks(transformer, device)
-    share_only_trained(transformer)
+    if accelerator.num_processes > 1:
+        share_only_trained(transformer)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
     if start is not None:
         adapter.load_state_dict(start.adapter)
