@@ -1,5 +1,6 @@
 # make demo   songs, dataset and a trained adapter at toy size, with nothing to download but packages
 # make test   the whole test suite
+# make test-slurm   sweeps on a Slurm cluster of two nodes on this machine; needs tests/mini_slurm.sh install
 # make lint   formatting, lint and types
 PYTHON ?= python3
 VENV := .venv
@@ -7,13 +8,16 @@ RUN := $(VENV)/bin/python
 # two toy models at once suit two cores; PyTorch's own threads would only get in each other's way
 TEST_WORKERS ?= 2
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slurm lint format clean
 
 demo: $(VENV)/installed
 	$(RUN) -m sidestep.train experiment=demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist worksteal -m "not slow and not gpu and not slurm"
+
+test-slurm: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_slurm.py -m slurm
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
@@ -28,7 +32,7 @@ format: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,slurm,joblib,optuna]"
 	touch $@
 
 clean:

@@ -23,10 +23,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sidestep.config.gate import VERSION_BASE, check_keys, compose_or_explain, conf_dir, explain, to_dataclass
+from sidestep.config.gate import (
+    VERSION_BASE,
+    check_keys,
+    compose_or_explain,
+    conf_dir,
+    explain,
+    launches_sweep,
+    to_dataclass,
+)
 from sidestep.config.help import help_page
 from sidestep.config.naming import swept_keys
-from sidestep.errors import UserError
+from sidestep.errors import PointFailed, UserError
+from sidestep.processes import join_processes
+from sidestep.sweep import end_sweep, record_point
 from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -58,10 +68,24 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
     threading.excepthook = _end_of_thread
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own printer
     try:
+        _run(command, root, task, typed)
+    finally:
+        failed = end_sweep()  # of any sweep that began, however it ended
+    if failed:
+        sys.exit(1)
+
+
+def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) -> None:
+    """Run the command, and turn what the user can mend into one line and exit code 1."""
+    try:
         if not (typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
+    except PointFailed:
+        sys.exit(1)  # the table that follows says which, and why
+    except Interrupted as stop:
+        sys.exit(stop.exit_code)
     except UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
@@ -74,13 +98,14 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
 def _check(command: str, root: type[Any], typed: Any) -> None:
     """Refuse what is mistyped before any folder is made; composing twice costs a quarter of a second."""
     overrides = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
-    if not typed.multirun:
-        to_dataclass(compose_or_explain(typed.config_name or command, [*overrides, *typed.overrides]), root)
+    name = typed.config_name or command
+    if not typed.multirun and not launches_sweep(name, [*overrides, *typed.overrides]):
+        to_dataclass(compose_or_explain(name, [*overrides, *typed.overrides]), root)
         return
     parsed = OverridesParser.create().parse_overrides(typed.overrides)
     # of a sweep only names and types, and only of one point: a bad point must not stop the others
     overrides += [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    check_keys(compose_or_explain(typed.config_name or command, overrides), root)
+    check_keys(compose_or_explain(name, overrides), root)
     if swept := swept_keys(typed.overrides):
         sys.argv.append(f"swept=[{','.join(swept)}]")
 
@@ -89,23 +114,28 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
     """Wrap a task so that a mistake is one line in the log and, outside a sweep, ends the process with 1."""
 
     def job(config: DictConfig) -> Any:
+        join_processes()
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            return record_point(lambda: logged(config))
+        try:
+            return logged(config)
+        except UserError:
+            sys.exit(1)
+
+    def logged(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
         try:
             with _naming_files(lambda: folder):
                 return task(to_dataclass(config, root))
         except UserError as error:
             log.error("%s", error)
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                raise  # the other points of the sweep go on
-            sys.exit(1)
+            raise
         except Interrupted as stop:
             log.info("%s; the same command goes on from here", stop)
-            sys.exit(stop.exit_code)  # ends a sweep too
+            raise  # ends a sweep too
         except Exception as error:
             log.exception("this is a fault of sidestep, please report it; the folder is %s", folder)
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                raise UserError(f"{type(error).__name__}: {error} (a fault of sidestep, in {folder})") from error
-            sys.exit(1)
+            raise UserError(f"{type(error).__name__}: {error} (a fault of sidestep, in {folder})") from error
 
     return job
 

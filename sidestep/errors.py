@@ -1,4 +1,4 @@
-"""The one exception sidestep raises for something the user can mend."""
+"""The one exception sidestep raises for something the user can mend, and what it becomes in a sweep."""
 
 from __future__ import annotations
 
@@ -17,3 +17,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(_UNPRINTABLE.sub(lambda char: ascii(char[0])[1:-1], message))
+
+
+class PointFailed(Exception):  # noqa: N818  it is a result, written down, and not a mistake of this program
+    """A point of a sweep failed, which is in its log and its record; the other points go on."""

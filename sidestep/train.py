@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
+from sidestep.acestep.kept import KeptWeights
 from sidestep.cli import run_command
 from sidestep.config.settings import TrainConfig
+
+KEPT = KeptWeights()
+"""Of the base model, from one point of a sweep in this process to the next."""
 
 
 def train_command(config: TrainConfig) -> float:
@@ -23,7 +28,8 @@ def train_command(config: TrainConfig) -> float:
         from sidestep.demo import prepare_demo
 
         prepare_demo(config)
-    return train(config, output_dir, choices=dict(runtime.choices))
+    kept = KEPT if HydraConfig.get().mode is RunMode.MULTIRUN else None
+    return train(config, output_dir, dict(runtime.choices), kept)
 
 
 if __name__ == "__main__":

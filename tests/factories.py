@@ -21,6 +21,7 @@ from sidestep.config.settings import (
     GenerateConfig,
     InspectConfig,
     PreprocessConfig,
+    ReportConfig,
     TrainConfig,
 )
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
@@ -159,6 +160,11 @@ def analyze_config(*overrides: str) -> AnalyzeConfig:
 def songs_config(*overrides: str) -> SongsConfig:
     """The config of ``python -m sidestep.songs``."""
     return to_dataclass(compose_or_explain("songs", [*overrides]), SongsConfig)
+
+
+def report_config(*overrides: str) -> ReportConfig:
+    """The config of ``python -m sidestep.report``."""
+    return to_dataclass(compose_or_explain("report", [*overrides]), ReportConfig)
 
 
 def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: str = "base") -> Path:

@@ -540,7 +540,9 @@ def contents(world: Path) -> dict[str, bytes]:
     return {str(p.relative_to(world)): p.read_bytes() for p in world.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if number % 2 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(CASES)]
+)
 def test_it_is_answered_in_one_line_and_nothing_is_lost_or_written(world, configs, name):
     command, damage, typed, answer = CASES[name]
     if damage is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.generate import quote_words
 from tests.factories import (
@@ -15,6 +19,7 @@ from tests.factories import (
     generate_config,
     inspect_config,
     preprocess_config,
+    report_config,
     songs_config,
     train_config,
 )
@@ -25,6 +30,7 @@ COMMANDS = sorted(
     {
         (page.name, match.group(1), match.group(2).split("#")[0].strip())
         for page in PAGES
+        if page.name != "settings.md"  # it quotes descriptions, not commands
         for match in re.finditer(
             r"python -m sidestep\.(\w+) ((?:(?!`| name a)[^\n`])*)", page.read_text(encoding="utf-8")
         )
@@ -44,16 +50,22 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments, tmp_pat
     words = [
         word for word in quote_words(shlex.split(arguments)) if word not in ("-m", "...", "--help", "--cfg", "job")
     ]
-    if "-m" in arguments.split():
-        words = [word if "[" in word else word.partition(",")[0] for word in words]  # the first point of a sweep
+    parsed = OverridesParser.create().parse_overrides(words)
+    # the first point of a sweep
+    words = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else word
+        for o, word in zip(parsed, words, strict=True)
+    ]
     compose, required = {
         "train": (train_config, []),
+        "doctor": (train_config, []),
         "preprocess": (preprocess_config, ["audio_dir=songs", "dataset_dir=data"]),
         "generate": (generate_config, []),
         "export": (export_config, ["adapter_dir=final", "format=lora"]),
         "inspect": (inspect_config, []),
         "analyze": (analyze_config, []),
         "songs": (songs_config, ["audio_dir=songs"]),
+        "report": (report_config, []),
     }[command]
     compose(*required, *words)
 
@@ -63,3 +75,23 @@ def test_every_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_tutorial_goes_from_songs_to_a_page_and_to_music(tmp_path):
+    """Every command of docs/tutorial.md in order, in an empty folder; ``make demo`` by what it runs."""
+    text = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    typed = re.findall(r"^    python -m (sidestep\..*)$", text, re.MULTILINE)
+    assert len(typed) >= 6
+    for line in ["sidestep.train experiment=demo", *typed]:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(line)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (tmp_path / "outputs/tutorial/report.html").is_file()
+    assert len(list((tmp_path / "outputs/generated").glob("*.flac"))) == 1

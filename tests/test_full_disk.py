@@ -83,7 +83,7 @@ def check_said(first: tuple[int, str], second: tuple[int, str], folder: str) -> 
     assert second[0] == 0, second[1]
 
 
-SPACES = [0, 24, 300], pytest.param([2, 4, 8, 12, 16, 20, 28, 40, 60, 100, 200, 250, 350, 400], marks=pytest.mark.slow)
+SPACES = [[0, 24], pytest.param([2, 4, 8, 12, 16, 20, 28, 40, 60, 100, 200, 300, 350, 400], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("spaces", SPACES)
@@ -98,7 +98,7 @@ def test_training_says_that_the_disk_is_full_and_goes_on_once_it_is_not(work, ch
         torch.testing.assert_close(load_file(work / f"kept{space}/adapter_model.safetensors"), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("spaces", [[12], pytest.param([2, 4, 8, 16, 30, 60, 100], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("spaces", [pytest.param([2, 4, 8, 12, 16, 30, 60, 100], marks=pytest.mark.slow)])
 def test_preprocessing_says_that_the_disk_is_full_and_goes_on_once_it_is_not(work, checkpoint_dir, spaces):
     noise = np.random.default_rng(0)
     for number in range(4):

@@ -11,18 +11,22 @@ PACKAGE = Path(__file__).resolve().parents[1] / "sidestep"
 
 # from the ground up; a module may import from its own line and those above it
 LAYERS = [
-    ["", "errors", "files", "seeds", "devices", "config.schema", "config.data", "config"],
+    ["", "errors", "times", "files", "processes", "seeds", "devices"],
+    ["config.schema", "config.cluster", "config.data", "config"],
     [
         "acestep.keymap",
         "acestep.quantization",
+        "acestep.kept",
         "acestep.variants",
         "training.flow",
         "training.optim",
         "training.schedules",
+        "training.trackers",
         "acestep",
         "training",
     ],
     ["adapters"],
+    ["config.evaluation"],
     ["config.settings"],
     ["config.naming", "config.gate", "config.help"],
     ["acestep.*", "data.*", "data"],
@@ -31,8 +35,11 @@ LAYERS = [
     ["exporting.*", "exporting"],
     ["inspecting.*", "inspecting"],
     ["data.encode", "training.final", "training.*"],
+    ["checking.*", "checking"],
+    ["reporting.*", "reporting", "sweep"],
+    ["slurm"],
     ["demo", "cli"],
-    ["train", "preprocess", "generate", "export", "inspect", "songs", "analyze"],
+    ["train", "preprocess", "generate", "export", "inspect", "report", "doctor", "songs", "analyze"],
 ]
 
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.data.dataset import SongDataset
 from sidestep.seeds import derive_seed
 from sidestep.training.state import load_checkpoint
 from tests.factories import run_training, train_config, write_dataset
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_three_steps_equal_the_same_steps_written_by_hand(tmp_path, checkpoint_dir):
@@ -109,25 +102,3 @@ def test_a_finished_run_frees_its_model(tmp_path, checkpoint_dir, dataset_dir, m
     places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
     run_training(tmp_path / "run", *places, "precision=bf16", "max_epochs=null", "max_steps=1")
     assert [reference() for reference in alive] == [None]
-
-
-@pytest.mark.parametrize("adapter", ["lora", "lokr"])
-def test_two_processes_train_the_adapter_that_one_would(tmp_path, checkpoint_dir, dataset_dir, adapter):
-    settings = [
-        "name=ddp", f"adapter={adapter}", "adapter.rank=2", "model_variant=base", "device=cpu", "optim.lr=0.01",
-        f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=null", "max_steps=6",
-        "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "vram_profile.gradient_checkpointing=none",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    weights = []
-    for processes, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        accumulation = f"vram_profile.gradient_accumulation_steps={4 // processes}"
-        command = [sys.executable, *launcher, "-m", "sidestep.train", *settings, accumulation]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("saved outputs") == 1
-        (path,) = folder.glob("outputs/ddp/*/final/*.safetensors")
-        weights.append(load_file(path))
-    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)

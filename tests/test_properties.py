@@ -27,7 +27,7 @@ from sidestep.training.metrics import smooth
 from sidestep.training.schedules import Constant, Cosine, Linear
 from sidestep.training.tracking import duration
 
-settings.register_profile("steady", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.register_profile("steady", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.load_profile("steady")
 
 SEEDS = st.integers(0, 2**63 - 1)

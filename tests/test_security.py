@@ -41,7 +41,8 @@ MAY_WRITE = {
     "files.py", "demo.py", "acestep/toy.py", "adapters/convert.py", "adapters/lora.py", "adapters/lycoris.py",
     "data/encode.py", "data/manifest.py", "exporting/export.py", "exporting/merged.py", "inference/generation.py",
     "inference/music_files.py", "inspecting/inspect.py", "inspecting/plot.py", "training/final.py", "training/run.py",
-    "training/state.py", "training/tracking.py",
+    "training/state.py", "training/tracking.py", "training/previews.py", "training/validation.py",
+    "inference/previews.py", "reporting/page.py",
 }  # fmt: skip
 """Modules that make, change or delete files. Each takes the folder from the settings and from nowhere else."""
 

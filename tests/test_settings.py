@@ -18,7 +18,7 @@ from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
 
-GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objective", "vram_profile"]
+GROUPS = ["model_variant", "adapter", "optim", "schedule", "timesteps", "objective", "vram_profile", "tracking"]
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 
 MISTAKES = {
@@ -230,5 +230,5 @@ def test_every_setting_is_explained(cls):
 
 
 def test_conf_has_no_unused_folder():
-    used = {*GROUPS, "experiment", "hydra", "local"}
+    used = {*GROUPS, "experiment", "sweep", "cluster", "hydra", "local"}
     assert {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} <= used

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.acestep.conditioning import REFERENCE_FRAMES
+from sidestep.acestep.kept import KeptWeights
 from sidestep.acestep.keymap import original_key, split_key
 from sidestep.acestep.model_config import ModelConfig
 from sidestep.acestep.quantization import quantize_linears
@@ -75,7 +76,12 @@ class Checkpoint:
     in_diffusers_layout: bool
 
     def load_transformer(
-        self, *, device: torch.device, dtype: torch.dtype, quantization: str = "none"
+        self,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str = "none",
+        kept: KeptWeights | None = None,
     ) -> AceStepTransformer1DModel:
         """Load the DiT, frozen and in eval mode.
 
@@ -83,6 +89,7 @@ class Checkpoint:
             device: where to.
             dtype: of the weights, and of what is computed.
             quantization: how the linear layers of its blocks are stored: none, int8 or nf4.
+            kept: where its weights may be already, and otherwise stay for the next who asks; not those quantised.
 
         Raises:
             UserError: if a file is missing or damaged, or its weights do not fit the model.
@@ -92,8 +99,10 @@ class Checkpoint:
         with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
         if quantization == "none":
-            self._fill("transformer", transformer, device, dtype)
+            self._fill("transformer", transformer, device, dtype, kept)
             return transformer
+        if kept is not None:
+            kept.drop()
         self._fill("transformer", transformer, torch.device("cpu"), dtype)  # mapped, so that memory holds one at a time
         quantize_linears(transformer.layers, quantization, device)
         return transformer.to(device)
@@ -266,8 +275,20 @@ class Checkpoint:
         """Name a weight as ACE-Step's own files do."""
         return original_key(part, name) if part in ("transformer", "condition_encoder") else name
 
-    def _fill(self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Give a model built on the meta device its weights, one tensor at a time."""
+    def _fill(
+        self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype, kept: KeptWeights | None = None
+    ) -> None:
+        """Give a model built on the meta device its weights."""
+        if kept is None:
+            weights = self._read(part, model, device, dtype)
+        else:
+            key = (self.folder, part, self.fingerprint(part), device, dtype)
+            weights = kept.get(key, lambda: self._read(part, model, device, dtype))
+        model.load_state_dict(weights, strict=False, assign=True)  # every name was checked in reading
+        model.requires_grad_(False).eval()
+
+    def _read(self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read the weights that a model built on the meta device wants, one tensor at a time."""
         weights = self.locate_weights(part)
         wanted = model.state_dict()
         wanted.pop("silence_latent", None)  # comes from a file of its own
@@ -290,8 +311,7 @@ class Checkpoint:
                                 f"but the config asks for {tuple(wanted[name].shape)}"
                             )
                         filled[name] = tensor.to(dtype)
-        model.load_state_dict(filled, strict=False, assign=True)  # every name was checked above
-        model.requires_grad_(False).eval()
+        return filled
 
 
 def find_checkpoint(checkpoint_dir: Path, variant: VariantConfig) -> Checkpoint:

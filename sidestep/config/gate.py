@@ -16,8 +16,9 @@ from typing import Any, TypeVar, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverrideParseException, OverridesParser
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +36,7 @@ EXAMPLES = {
     "audio_dir": "audio_dir=songs",
     "adapter_dir": "adapter_dir=outputs/first/lokr-base/final",
     "format": "format=comfyui",
+    "sweep_dir": "sweep_dir=outputs/first",
 }
 
 
@@ -67,6 +69,20 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
             raise UserError(nothing) from error
 
 
+def launches_sweep(command: str, overrides: Sequence[str]) -> bool:
+    """Whether what was typed chooses a sweep or a cluster, which need no ``-m``.
+
+    Anything that cannot be composed is left to whoever composes it next.
+    """
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        try:
+            parsed = OverridesParser.create().parse_overrides(list(overrides))
+            single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+            return compose(command, single, return_hydra_config=True).hydra.mode is RunMode.MULTIRUN
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError):
+            return False
+
+
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     """Say in one line what Hydra refused and what was probably meant."""
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
@@ -77,6 +93,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, wanted = str(error.missing_cfg_file).rpartition("/")
+        if group.startswith("hydra/") and wanted in ("joblib", "optuna"):
+            return f"{group}={wanted} is not installed; type pip install -c constraints.txt -e '.[{wanted}]'"
         options = ", ".join(error.options)
         return f"{group}={wanted} is not an option{_meant(wanted, error.options)}; the options are {options}"
     if several := re.search(r"Ambiguous value for argument '(.*)'", text):

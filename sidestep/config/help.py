@@ -25,6 +25,8 @@ ABOUT = {
     "export": "Write an adapter in another form: for another player, as a LoRA, or merged into the model.",
     "inspect": "Say what an adapter is and what it was trained on, and draw where it acts.",
     "generate": "Text to music, with any number of adapters at any strength.",
+    "doctor": "Say what is wrong with a run and what it will cost, before it is begun. Takes what train takes.",
+    "report": "Say where the points of a sweep stand, at any time.",
 }
 IMPORTANT = {
     "train": [
@@ -39,8 +41,8 @@ IMPORTANT = {
         "data.excerpts",
         "data.lyrics_dropout",
         "prior_dataset_dir",
-        "seed",
         "save_every_epochs",
+        "validation.fraction",
     ],
     "preprocess": [
         "audio_dir",
@@ -69,6 +71,7 @@ IMPORTANT = {
         "measure_output",
     ],
     "inspect": ["adapter_dir", "plot", "checkpoint_dir"],
+    "report": ["sweep_dir", "format", "inline_mb"],
     "generate": [
         "prompt",
         "lyrics",
@@ -90,6 +93,11 @@ EXAMPLES = {
         "python -m sidestep.train experiment=demo",
         "python -m sidestep.train dataset_dir=data/songs adapter=lokr model_variant=base name=first",
         "python -m sidestep.train -m dataset_dir=data/songs adapter=lora,lokr optim.lr=1e-4,3e-4 name=sweep",
+    ),
+    "doctor": (
+        "python -m sidestep.doctor dataset_dir=data/songs adapter=lokr model_variant=base name=first",
+        "python -m sidestep.doctor dataset_dir=data/songs vram_profile=8gb max_seconds=240",
+        "python -m sidestep.doctor -m dataset_dir=data/songs adapter=lora,lokr optim.lr=1e-4,3e-4 name=sweep",
     ),
     "preprocess": (
         "python -m sidestep.preprocess audio_dir=songs dataset_dir=data/songs model_variant=base",
@@ -115,6 +123,11 @@ EXAMPLES = {
         "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=lora max_error=0.05",
         "python -m sidestep.export adapter_dir=outputs/first/lokr-base/final format=merged scale=0.8",
     ),
+    "report": (
+        "python -m sidestep.report sweep_dir=outputs/sweep",
+        "python -m sidestep.report sweep_dir=outputs/sweep format=html",
+        "python -m sidestep.report sweep_dir=outputs/sweep format=csv",
+    ),
     "inspect": (
         "python -m sidestep.inspect adapter_dir=outputs/first/lokr-base/final",
         "python -m sidestep.inspect adapter_dir=outputs/first/lokr-base/final checkpoint_dir=checkpoints",
@@ -126,7 +139,8 @@ EXAMPLES = {
 def help_page(command: str, root: type[Any]) -> str:
     """Write the page a newcomer reads first: groups with their options, the settings that matter, examples."""
     conf = conf_dir()
-    defaults = yaml.safe_load((conf / f"{command}.yaml").read_text(encoding="utf-8"))
+    base = "train" if command == "doctor" else command
+    defaults = yaml.safe_load((conf / f"{base}.yaml").read_text(encoding="utf-8"))
     chosen = {k: v for entry in defaults["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     lines = [ABOUT[command], "", f"  python -m sidestep.{command} [-m] [group=option] [setting=value]", ""]
     lines += ["Groups (the default is marked *)"]
@@ -137,7 +151,7 @@ def help_page(command: str, root: type[Any]) -> str:
     lines += ["", "Settings that matter"]
     with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
         config = compose(command)
-    for key in IMPORTANT[command]:
+    for key in IMPORTANT[base]:
         doc = field_docs(_owner(key, root, chosen))[key.rpartition(".")[2]]
         lines += ["", f"  {key}{_default(key, config)}", f"      {doc}"]
     lines += ["", "Examples", "", *(f"  {example}" for example in EXAMPLES[command]), ""]

@@ -12,6 +12,9 @@ from omegaconf import OmegaConf
 NAMED_BY_CHOICE = ("adapter", "model_variant")
 NOT_NAMED = (
     "hydra",
+    "cluster",
+    "local",
+    "sweep",
     "swept",
     "name",
     "checkpoint_dir",
@@ -32,6 +35,10 @@ NOT_NAMED = (
     "resume_from",
     "shift",
     "num_inference_steps",
+    "ema_decay",
+    "validation",
+    "previews",
+    "tracking",
 )
 """Settings that do not make another run: where things lie, how much is logged, how long to go on."""
 MAX_LENGTH = 64

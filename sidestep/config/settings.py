@@ -16,12 +16,15 @@ from omegaconf import MISSING
 
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
+from sidestep.config.cluster import SlurmConfig
 from sidestep.config.data import DataConfig
+from sidestep.config.evaluation import PreviewConfig, ValidationConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
 from sidestep.training.optim import OptimConfig
 from sidestep.training.schedules import ScheduleConfig
+from sidestep.training.trackers import TrackingConfig
 
 
 class Precision(StrEnum):
@@ -153,6 +156,8 @@ class TrainConfig:
     """What is given up to fit in memory."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is drawn from each song."""
+    tracking: TrackingConfig = MISSING
+    """Which service receives the numbers besides TensorBoard."""
 
     name: str = MISSING
     """Folder of this run or sweep: outputs/<name>/<run>."""
@@ -164,6 +169,8 @@ class TrainConfig:
     """Dataset of other songs, trained on in every second batch so that the model does not forget them."""
     swept: list[str] = field(default_factory=list)
     """Filled in by -m: settings it gives several values that would not name a run otherwise, like dataset_dir."""
+    cluster: SlurmConfig | None = None
+    """What is asked of a cluster for each run (cluster=slurm); null runs here."""
     toy: bool = False
     """Make a tiny random model and a few synthesised songs first (experiment=demo)."""
     seed: int = 0
@@ -206,6 +213,12 @@ class TrainConfig:
     """Inference shift written beside the adapter; the variant's own by default."""
     num_inference_steps: int = MISSING
     """Sampling steps written beside the adapter; the variant's own by default."""
+    ema_decay: float | None = None
+    """Keep a running mean of the adapter's weights, as with 0.999; evaluated too, and saved in final_ema/."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Songs that are held out of training, and how they are evaluated."""
+    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    """Music rendered while the run trains."""
 
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
@@ -218,6 +231,8 @@ class TrainConfig:
         check_excerpt("max_seconds", self.max_seconds)
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout={self.condition_dropout} must be at least 0 and below 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay:g} must be above 0 and below 1, for example ema_decay=0.999")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative")
         if self.device is Device.cpu and self.precision is Precision.fp16:
@@ -244,6 +259,8 @@ class PreprocessConfig:
 
     model_variant: VariantConfig = MISSING
     """Which model the dataset is for."""
+    cluster: SlurmConfig | None = None
+    """What is asked of a cluster for each part (cluster=slurm); null runs here."""
 
     audio_dir: str = MISSING
     """Folder of songs, searched with its subfolders."""
@@ -255,6 +272,10 @@ class PreprocessConfig:
     """Table of songs (dataset.json, csv, tsv, jsonl) to read instead of those found in audio_dir."""
     file_tags: bool = True
     """Read title, genre, tempo, key and lyrics from the tags inside the files, where nothing else gives them."""
+    shard: int | None = None
+    """Which part of the songs to do, counted from 0; -m 'shard=range(0,8)' does all of eight."""
+    num_shards: int | None = None
+    """Into how many parts the songs are divided; the last one done puts the dataset together."""
     custom_tag: str = ""
     """Trigger word put into every caption."""
     tag_position: TagPosition | None = None
@@ -279,6 +300,11 @@ class PreprocessConfig:
     """Of the text and condition encoders; auto is bf16 on a GPU and fp32 on a CPU. The VAE runs in fp32."""
 
     def __post_init__(self) -> None:
+        at_least(1, self, "num_shards")
+        if (self.shard is None) != (self.num_shards is None):
+            raise UserError("shard and num_shards belong together: -m 'shard=range(0,8)' num_shards=8")
+        if self.shard is not None and self.num_shards is not None and not 0 <= self.shard < self.num_shards:
+            raise UserError(f"shard={self.shard} must be from 0 to {self.num_shards - 1}, below num_shards")
         if self.genre_ratio is not None and not 0 <= self.genre_ratio <= 100:
             raise UserError(f"genre_ratio={self.genre_ratio} is a percentage, from 0 to 100")
         if self.max_song_seconds is not None and self.max_song_seconds < 0.08:
@@ -492,6 +518,31 @@ class AnalyzeConfig:
             raise UserError(f"max_rank={self.max_rank} must be at least rank={self.rank}")
         if self.precision is Precision.fp16:
             raise UserError("precision=fp16 loses small gradients; use precision=bf16 or precision=fp32")
+
+
+class ReportFormat(StrEnum):
+    table = "table"
+    html = "html"
+    csv = "csv"
+    json = "json"
+
+
+@root("report_schema")
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Where the points of a sweep stand."""
+
+    sweep_dir: str = MISSING
+    """Folder of the sweep, outputs/<name>; for format=html also that of one run."""
+    format: ReportFormat = MISSING
+    """table for the terminal, html for a page to look at and listen to, or csv or json with every setting."""
+    inline_mb: float = MISSING
+    """With format=html: up to this much music becomes part of the page; more is linked to."""
+
+    def __post_init__(self) -> None:
+        filled(self, "sweep_dir")
+        if not self.inline_mb >= 0:
+            raise UserError(f"inline_mb={self.inline_mb:g} must not be negative")
 
 
 def check_excerpt(key: str, seconds: float | None) -> None:

@@ -236,10 +236,10 @@ class SongDataset(Dataset[Example]):
         return len(self.order) * (1 if self._prior_order is None else 2)
 
     def only(self, songs: Sequence[int]) -> SongDataset:
-        """Leave all but these songs out, given by their numbers; those of the prior dataset stay."""
+        """Leave all but these songs out, given by their numbers; those of the prior dataset last."""
         part = copy.copy(self)
-        part._places = [self._places[number] for number in songs] + self._places[self._num_own :]
-        part._num_own = len(songs)
+        part._places = [self._places[number] for number in songs]
+        part._num_own = sum(number < self._num_own for number in songs)
         part.songs = [source.songs[index] for source, index in part._places]
         part._make_orders()
         return part

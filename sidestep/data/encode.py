@@ -6,6 +6,7 @@ appears only when complete, so a run that was stopped goes on where it was, and 
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import itertools
@@ -36,6 +37,7 @@ from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
+from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
 from sidestep.data.songs import SongList, printable, read_songs
 from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
@@ -141,14 +143,63 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     )
     folder = Path(config.dataset_dir)
     _make_folders(folder)
+    if config.shard is not None and config.num_shards is not None:
+        return _preprocess_shard(config, checkpoint, listing, device, dtype, config.shard, config.num_shards)
     with alone_in(folder):
-        return _update(config, checkpoint, listing, device, dtype)
+        return _update(config, checkpoint, listing, device, dtype, lambda *written: write_manifest(folder, *written))
+
+
+def _preprocess_shard(
+    config: PreprocessConfig,
+    checkpoint: Checkpoint,
+    listing: SongList,
+    device: torch.device,
+    dtype: torch.dtype,
+    shard: int,
+    num_shards: int,
+) -> PreprocessSummary:
+    """Encode one part of the songs, and put the dataset together if it was the last."""
+    dataset_dir = Path(config.dataset_dir)
+    folder = shard_folder(dataset_dir, shard, num_shards)
+    songs, all_songs = songs_of(listing.songs, shard, num_shards), listing.songs
+    listing_hash = hash_listing(all_songs)
+    own = dataclasses.replace(listing, songs=songs)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shard.json").unlink(missing_ok=True)
+    with alone_in(folder):
+        written: list[tuple[DatasetInfo, list[SongRecord]]] = []
+        summary = _update(config, checkpoint, own, device, dtype, lambda info, records: written.append((info, records)))
+        ((info, records),) = written
+        info.settings["custom_tags"] = sorted({song.custom_tag for song in all_songs if song.custom_tag})
+        write_shard(folder, Shard(listing=listing_hash, info=info, songs=records, failed=summary.failed))
+    with alone_in(dataset_dir, wait=True):  # others may be done at the same time
+        missing = merge_shards(dataset_dir, num_shards, all_songs, listing_hash)
+    if missing:
+        shown = ", ".join(map(str, missing[:20]))
+        summary.notes.append(f"the dataset is put together when all {num_shards} shards are done; still to do: {shown}")
+    else:
+        summary.notes.append(f"all {num_shards} shards are done, and the dataset is put together")
+    return summary
 
 
 def _update(
-    config: PreprocessConfig, checkpoint: Checkpoint, listing: SongList, device: torch.device, dtype: torch.dtype
+    config: PreprocessConfig,
+    checkpoint: Checkpoint,
+    listing: SongList,
+    device: torch.device,
+    dtype: torch.dtype,
+    write: Callable[[DatasetInfo, list[SongRecord]], None],
 ) -> PreprocessSummary:
-    """Bring the dataset folder up to date with the songs."""
+    """Encode what is new of the songs, and write down what there is.
+
+    Args:
+        config: every setting.
+        checkpoint: of the model the dataset is for.
+        listing: the songs.
+        device: of the models.
+        dtype: of the text and condition encoders.
+        write: writes the description of the dataset and its songs.
+    """
     folder = Path(config.dataset_dir)
     for part in (folder, folder / LATENTS, folder / CONDITIONS):
         remove_abandoned(part)
@@ -187,14 +238,14 @@ def _update(
     about_conditions = {name: _about_conditions(file) for name, file in conditions.items()}
 
     songs = [song for song in songs if song.name in conditions]
-    if not songs:
+    if not songs and config.shard is None:
         num_songs = len({song.name for song in listing.songs} | listing.failed.keys())
         reasons = printable("; ".join(summary.failed.values()))
         raise UserError(f"none of the {num_songs} songs can be used: {reasons}")
     summary.num_frames = sum(num_frames[song.name] for song in songs)
     info = DatasetInfo(
         model_variant=config.model_variant.name,
-        condition_width=about_conditions[songs[0].name][0],
+        condition_width=about_conditions[songs[0].name][0] if songs else 0,
         fingerprints=fingerprints,
         settings=_settings(config, listing, dtype),
         num_songs=len(songs),
@@ -205,7 +256,7 @@ def _update(
         _record(song, prompts[song.name], latents[song.name], conditions[song.name], num_frames[song.name])
         for song in songs
     ]
-    write_manifest(folder, info, records)
+    write(info, records)
 
     summary.unchanged = {song.name for song in songs} - summary.changed
     summary.sources = Counter(song.source for song in songs)
@@ -216,7 +267,8 @@ def _update(
         summary.notes.append(f"{timed} songs have lyrics with times, which window_seconds=60 would tell with each part")
     if was_for not in (None, config.model_variant.name):
         summary.notes.append(f"the dataset was for model_variant={was_for} and is now for {config.model_variant.name}")
-    summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
+    if config.shard is None:  # the others' files are not unused
+        summary.num_unused_files = _unused_files(folder, {*latents.values(), *conditions.values()})
     return summary
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,30 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.kept import KeptWeights
 from sidestep.acestep.quantization import QuantizedLinear
 from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
 from sidestep.files import alone_in
+from sidestep.processes import Agreement, check_together, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
+from sidestep.training.ema import WeightMean
 from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
+from sidestep.training.previews import Previews, out_of_the_way
 from sidestep.training.run import Run, open_run
 from sidestep.training.signals import Interrupted, StopSignals
+from sidestep.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> float:
-    """Train one adapter and return its smoothed loss, the number a sweep minimises.
+def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: KeptWeights | None = None) -> float:
+    """Train one adapter and return the number a sweep minimises: its best validation loss, or its smoothed loss.
 
     The same command again continues from the newest checkpoint in ``output_dir``, or returns the finished run's
     result.
@@ -46,6 +52,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
         config: every setting.
         output_dir: the run's folder.
         choices: the option chosen of each group.
+        kept: weights of the base model, for the points of a sweep that follow each other in one process.
 
     Raises:
         UserError: for anything the user can mend.
@@ -55,7 +62,7 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
         return run.finished_loss
     with alone_in(output_dir) if run.process == 0 else nullcontext():
         try:
-            return _train(run)
+            return _train(run, kept)
         except torch.OutOfMemoryError as error:
             run.fail(error)
             raise UserError(
@@ -77,24 +84,45 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> flo
                 torch.cuda.reset_peak_memory_stats()
 
 
-def _train(run: Run) -> float:
+def _train(run: Run, kept: KeptWeights | None) -> float:
     config, memory = run.config, run.memory
     accelerator = make_accelerator(run.precision, run.device)
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
-    start = run.find_start()
+    with accelerator.main_process_first():  # it may set later checkpoints aside
+        start = run.find_start()
+    if accelerator.num_processes > 1:
+        check_together(
+            {
+                "the number of processes": accelerator.num_processes,
+                "the run's folder": str(run.output_dir.resolve()),
+                "the step to start from": start.step if start is not None else 0,
+                **run.record.settings,
+            }
+        )
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
-    transformer = run.checkpoint.load_transformer(device=device, dtype=run.dtype, quantization=memory.base_quantization)
+    previews = Previews(run) if config.previews.every_epochs is not None else None
+    if previews is not None:
+        if kept is not None:
+            kept.drop()  # rendering needs the memory
+        kept = None
+        if accelerator.is_main_process:
+            previews.render_base()
+    transformer = run.checkpoint.load_transformer(
+        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
+    )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
+    attention = WindowedAttention(transformer)
+    validation = Validation(run, accelerator, transformer, attention) if run.held_out else None
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
     if initial is not None:
         adapter.start_from(initial)
     describe_adapter(adapter, transformer)
     parameters = list(adapter.parameters())
-    attention = WindowedAttention(transformer)
     if config.compile:
         compile_blocks(transformer, device)
+    share_only_trained(transformer)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
     if start is not None:
         adapter.load_state_dict(start.adapter)
@@ -102,6 +130,11 @@ def _train(run: Run) -> float:
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(start.scaler)
     first_step = start.step if start is not None else 0
+    mean = None
+    if config.ema_decay is not None:
+        mean = WeightMean(adapter, config.ema_decay, start.ema if start is not None else {})
+    if validation is not None:
+        validation.restore(start.validation if start is not None else {}, first_step)
 
     forward = Forward(
         model,
@@ -119,15 +152,50 @@ def _train(run: Run) -> float:
 
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step:
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, accelerator.scaler)
+            best = validation.state() if validation is not None else {}
+            ema = mean.state() if mean is not None else {}
+            scaler = accelerator.scaler
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema, validation=best)
+
+    def look(step: int) -> None:
+        """Evaluate the held-out songs."""
+        assert validation is not None
+        scalars = validation.evaluate(transformer, step, mean).scalars()
+        steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
+        if accelerator.is_main_process:
+            if validation.best_step == step:
+                run.save_adapter("best", step, adapter)
+            run.record.validation = validation.summary()
+            run.record.write()
+        steps.start_clock()
+
+    def listen(step: int) -> None:
+        """Render previews on one process while the others wait."""
+        assert previews is not None
+        steps.flush()
+        if accelerator.is_main_process:
+            with out_of_the_way(model, optimizer, device):
+                previews.render(adapter, step, steps)
+        accelerator.wait_for_everyone()
+        steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
+    agreement = Agreement(accelerator.num_processes)
     model.train()
     run.begin(first_step)
+    done = first_step
     with StopSignals() as stop, closing(batches), steps:
         for step in range(first_step, run.num_steps):
+            if validation is not None and validation.gave_up:
+                break
+            if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):
+                steps.flush()
+                save(step)
+                agreement.close()
+                accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+                raise Interrupted(signal.Signals(number))
             lr = config.optim.lr * config.schedule.factor(step, run.num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -141,14 +209,17 @@ def _train(run: Run) -> float:
                     micro_loss = losses.mean() / memory.gradient_accumulation_steps
                     accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
-                steps.saw_times(t)
-                if stop.received is not None:  # the unfinished step is done again when the run goes on
+                steps.saw(batch, t)
+                if stop.received is not None and accelerator.num_processes == 1:
+                    # the unfinished step is done again when the run goes on
                     steps.flush()
                     save(step)
                     raise Interrupted(stop.received)
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
+            if mean is not None:
+                mean.update(step + 1)
             steps.add(step + 1, loss, grad_norm, config.optim.applied_lr(optimizer.param_groups[0]))
             saves = run.checkpoint_name(step + 1) is not None
             if saves or (step + 1) % config.log_every_steps == 0:
@@ -160,15 +231,30 @@ def _train(run: Run) -> float:
                     f"finite, and changed nothing; {explain_bad_step(step, forward, run, adapter, accelerator)}; "
                     f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."
                 )
-            if saves:
-                save(step + 1)
+            done = step + 1
+            if validation is not None and run.is_due(done, config.validation.every_epochs):
+                steps.flush()
+                look(done)
+            if saves or (validation is not None and validation.gave_up):
+                save(done)
+            if config.previews.every_epochs is not None and run.is_due(done, config.previews.every_epochs):
+                listen(done)
+        if validation is not None and validation.last is None:  # everything was done before
+            look(done)
+    agreement.close()
     attention.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     if accelerator.is_main_process:
+        if mean is not None:
+            with mean.in_place():
+                run.save_adapter("final_ema", done, adapter)
         with accelerator.autocast():
-            run.finish(adapter, transformer, steps.smoothed_loss)
-    return steps.smoothed_loss
+            run.finish(adapter, transformer, done, steps.smoothed_loss)
+        if validation is not None:
+            validation.conclude(transformer)
+        run.announce()
+    return steps.smoothed_loss if validation is None else validation.best_loss
 
 
 def make_accelerator(precision: str, device: torch.device) -> Accelerator:

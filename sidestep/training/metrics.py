@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from sidestep.training.tracking import Progress, StepMetrics, Tracker, peak_memory
+from sidestep.data.sampler import PATCH_FRAMES
+from sidestep.training.trackers import flat
+from sidestep.training.tracking import Progress, StepMetrics, Tracker, peak_memory, used_gib
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sidestep.data.dataset import Batch
     from sidestep.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -41,8 +45,17 @@ class StepLog:
         self._smoothed = smoothed_loss
         self._pending: list[tuple[int, Tensor, Tensor, float]] = []
         self._times: list[Tensor] = []
+        self._num_tokens = 0  # patches of latents, with padding
         if self.is_main:
-            self._tracker = Tracker(run.output_dir, run.log_dir, first_step)
+            settings = flat(run.record.settings)
+            self._tracker = Tracker(
+                run.output_dir,
+                run.log_dir,
+                first_step,
+                settings=settings,
+                metric="validation/best_loss" if run.held_out else "train/smoothed_loss",
+                service=run.config.tracking.open(run.output_dir, settings),
+            )
             self._progress = Progress(first_step, run.num_steps)
         self._last_flush = time.monotonic()
 
@@ -51,15 +64,30 @@ class StepLog:
         """Running mean of the loss of all flushed steps."""
         return math.nan if self._smoothed is None else self._smoothed
 
-    def saw_times(self, t: Tensor) -> None:
-        """Remember the times of a micro-batch for the histogram."""
+    def saw(self, batch: Batch, t: Tensor) -> None:
+        """Remember a micro-batch: its times for the histogram, its size for the speed."""
         self._times.append(t)
+        self._num_tokens += batch.latents.shape[0] * batch.latents.shape[1] // PATCH_FRAMES
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Remember one optimiser step; ``loss`` and ``grad_norm`` are scalars on the device."""
         self._pending.append((step, loss, grad_norm, lr))
         if self.is_main:
             self._progress.advance()
+
+    def start_clock(self) -> None:
+        """Leave out of the time of steps what was done since the last flush."""
+        self._last_flush = time.monotonic()
+
+    def record_audio(self, name: str, audio: Tensor, rate: int, picture: Tensor, step: int) -> None:
+        """Show music (1, S) and its spectrogram (3, height, width) in TensorBoard."""
+        if self.is_main:
+            self._tracker.record_audio(name, audio, rate, picture, step)
+
+    def record_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Show numbers about a step in TensorBoard."""
+        if self.is_main:
+            self._tracker.record_scalars(values, step)
 
     def flush(self) -> None:
         """Fetch what is pending from the device and write it; afterwards ``num_bad`` is up to date."""
@@ -80,10 +108,23 @@ class StepLog:
             if self.is_main:
                 self._tracker.record(metrics)
         if self.is_main:
+            device, elapsed = self.accelerator.device, seconds * len(steps)
+            record = self.run.record
+            record.memory_gib = max(record.memory_gib, used_gib(device))
+            record.train_seconds += elapsed
+            speed = self._num_tokens * self.accelerator.num_processes / max(elapsed, 1e-9)
+            self._tracker.record_scalars(
+                {
+                    "train/smoothed_loss": self.smoothed_loss,
+                    "train/tokens_per_second": speed,
+                    "train/memory_gib": used_gib(device),
+                },
+                metrics.step,
+            )
             self._tracker.record_timesteps(torch.cat(self._times), metrics.step)
             self._tracker.flush()
             self._progress.show(metrics, peak_memory(self.accelerator.device))
-        self._pending, self._times = [], []
+        self._pending, self._times, self._num_tokens = [], [], 0
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Self:

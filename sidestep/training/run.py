@@ -27,11 +27,13 @@ from sidestep.adapters.files import fingerprint_adapter, read_adapter
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
+from sidestep.data.holdout import hold_out
 from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
 from sidestep.files import hashes_of, replacing_folder
+from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
 from sidestep.training.signals import Interrupted
@@ -46,12 +48,12 @@ from sidestep.training.state import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from sidestep.training.tracking import RunRecord, now, read_record, versions
+from sidestep.training.tracking import RunRecord, read_record, versions
 
 log = logging.getLogger(__name__)
 
-PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from")
-"""Settings that say where things lie on this machine; not written into adapters."""
+PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
+"""Settings that say where things lie and run; not written into adapters."""
 
 
 @dataclass
@@ -71,6 +73,12 @@ class Run:
     null_condition: Tensor
     """The checkpoint's learned empty condition, (1, D)."""
     dataset: SongDataset
+    """The songs to train on."""
+    all_songs: SongDataset
+    trained: list[int]
+    """Numbers, within ``all_songs``, of those to train on."""
+    held_out: list[int]
+    """Numbers of those that are only evaluated."""
     process: int
     num_processes: int
     record: RunRecord
@@ -137,6 +145,11 @@ class Run:
         if step == self.num_steps or (every_steps is not None and step % every_steps == 0):
             return f"step_{step}"
         return None
+
+    def is_due(self, step: int, every_epochs: int) -> bool:
+        """Whether what is done every so many epochs is done at the end of a step; it is at the last one."""
+        before, after = int(self.epoch_at(step - 1)), int(self.epoch_at(step))
+        return after // every_epochs > before // every_epochs or step == self.num_steps
 
     def training_settings(self) -> dict[str, Any]:
         """Every setting that decides the weights, flat and in plain values. A run with others is another run."""
@@ -256,7 +269,17 @@ class Run:
         record.step, record.num_steps = first_step, self.num_steps
         record.write()
 
-    def save_checkpoint(self, step: int, smoothed_loss: float, adapter: Adapter, optimizer: Any, scaler: Any) -> None:
+    def save_checkpoint(
+        self,
+        step: int,
+        smoothed_loss: float,
+        adapter: Adapter,
+        optimizer: Any,
+        scaler: Any,
+        *,
+        ema: dict[str, Tensor],
+        validation: dict[str, Any],
+    ) -> None:
         """Write the checkpoint of a step."""
         state = TrainingState(
             step=step,
@@ -266,6 +289,8 @@ class Run:
             optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else {},
             settings=self.record.settings,
+            ema=ema,
+            validation=validation,
         )
         folder = self.output_dir / "checkpoints" / (self.checkpoint_name(step) or f"step_{step}")
         save_checkpoint(folder, state, lambda partial: adapter.save(partial, self.metadata(step)))
@@ -275,24 +300,35 @@ class Run:
         if self.config.keep_last is not None:
             remove_old_checkpoints(self.output_dir, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
 
-    def finish(self, adapter: Adapter, transformer: nn.Module, smoothed_loss: float) -> None:
-        """Write final/, after checking that the files in it give what was trained.
+    def save_adapter(self, folder: str, step: int, adapter: Adapter) -> None:
+        """Write best/, the adapter with the lowest validation loss so far, or final_ema/, the mean of its weights."""
+        with replacing_folder(self.output_dir / folder) as partial:
+            adapter.save(partial, self.metadata(step))
+            write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
+
+    def finish(self, adapter: Adapter, transformer: nn.Module, step: int, smoothed_loss: float) -> None:
+        """Write final/, after checking that the files in it give what was trained; the adapter stays off.
 
         Raises:
             UserError: if they do not.
         """
         final = self.output_dir / "final"
         with replacing_folder(final) as partial:
-            adapter.save(partial, self.metadata(self.num_steps))
-            write_card(partial, self.config, self.dataset, self.num_steps, self.epoch_at(self.num_steps))
+            adapter.save(partial, self.metadata(step))
+            write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
             example = self.dataset[0]
             verify_saved(partial, adapter, transformer, example, self.silence)
         record = self.record
         record.final = hashes_of(final)
         record.status, record.finished = "finished", now()
-        record.step, record.smoothed_loss, record.error = self.num_steps, smoothed_loss, ""
+        record.step, record.smoothed_loss, record.error = step, smoothed_loss, ""
+        record.stopped_early = step < self.num_steps
         record.write()
-        log.info("finished at step %d, smoothed loss %.4f", self.num_steps, smoothed_loss)
+        log.info("finished at step %d, smoothed loss %.4f", step, smoothed_loss)
+
+    def announce(self) -> None:
+        """Say where the adapter is."""
+        final = self.output_dir / "final"
         log.info("the adapter is in %s; next: see %s for where to load it", final, final / "README.md")
 
     def fail(self, error: BaseException) -> None:
@@ -341,6 +377,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     Raises:
         UserError: for anything that would make the run fail later.
     """
+    config.tracking.check()
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     memory = config.vram_profile.resolve(read_profiles(), memory_gib(device))
@@ -356,6 +393,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         prior_folder=None if config.prior_dataset_dir is None else Path(config.prior_dataset_dir),
     )
     check_dataset_fits(dataset, checkpoint)
+    trained, held_out = hold_out(dataset.songs, config.validation)
     silence = checkpoint.silence()
     previous = read_record(output_dir / "run.json")
     record = RunRecord(
@@ -367,8 +405,15 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
             "fingerprint": checkpoint.fingerprint("transformer"),
             "constants": _hash(asdict(checkpoint.config), silence.numpy().tobytes()),
         },
-        dataset={"folder": str(dataset.folder), "fingerprint": dataset.fingerprint(), "num_songs": len(dataset.songs)},
+        dataset={
+            "folder": str(dataset.folder),
+            "fingerprint": dataset.only(trained).fingerprint(),
+            "num_songs": len(trained),
+            "held_out": [dataset.songs[number].audio for number in held_out],
+        },
         versions=versions(),
+        memory_gib=float(previous.get("memory_gib", 0.0)),
+        train_seconds=float(previous.get("train_seconds", 0.0)),
         went_back_to=str(previous.get("went_back_to", "")),
     )
     run = Run(
@@ -381,7 +426,10 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         checkpoint=checkpoint,
         silence=silence,
         null_condition=checkpoint.null_condition(),
-        dataset=dataset,
+        dataset=dataset.only(trained),
+        all_songs=dataset,
+        trained=trained,
+        held_out=held_out,
         process=int(os.environ.get("RANK", "0")),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         record=record,
@@ -440,7 +488,9 @@ def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | No
 def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     """The result of a run that was finished before, if nothing about it would be different now."""
     final = run.output_dir / "final"
-    if previous.get("status") != "finished" or previous.get("step") != run.num_steps:
+    patience = run.config.validation.patience
+    gave_up = previous.get("stopped_early") and previous["config"]["validation"]["patience"] == patience
+    if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
         return None
     if previous["smoothed_loss"] is None:
         return None
@@ -456,8 +506,11 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
         log.warning("%s is not as it was written; it is made again from the last checkpoint", final)
         return None
     limit = "max_epochs" if run.config.max_steps is None else "max_steps"
-    log.info("%s is finished at step %d; raise %s to train on", run.output_dir, run.num_steps, limit)
-    log.info("the adapter is in %s; next: see %s for where to load it", final, final / "README.md")
+    limit = "validation.patience" if gave_up else limit
+    log.info("%s is finished at step %d; raise %s to train on", run.output_dir, previous["step"], limit)
+    run.announce()
+    if run.held_out:
+        return float(previous["validation"]["best_loss"])
     return float(previous["smoothed_loss"])
 
 

@@ -18,12 +18,16 @@ class Interrupted(BaseException):
     """A run was stopped by a signal, after saving. Not an ``Exception``, so that a sweep does not go on.
 
     Attributes:
+        received: the signal.
         exit_code: 128 + the signal's number, as shells and schedulers expect.
     """
 
     def __init__(self, received: signal.Signals) -> None:
-        super().__init__(f"stopped by {received.name}")
-        self.exit_code = 128 + received
+        super().__init__(received)  # as it was given, so that it can be pickled
+        self.received, self.exit_code = received, 128 + received
+
+    def __str__(self) -> str:
+        return f"stopped by {self.received.name}"
 
 
 class StopSignals:
@@ -49,4 +53,4 @@ class StopSignals:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        log.info("%s: saving after this micro-batch, then stopping", self.received.name)
+        log.info("%s: saving at the next safe place, then stopping", self.received.name)

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class TrainingState:
     """Of fp16's loss scaling; empty otherwise."""
     settings: dict[str, Any]
     """Those that decide the weights; a run with others must not continue from here."""
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The running mean of the adapter's weights; empty without one."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """The best evaluation so far, and how many were worse since; empty without held-out songs."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
 from sidestep.files import naming, write_text
+from sidestep.times import duration
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +43,63 @@ class StepMetrics:
 
 
 class Tracker:
-    """Writes metrics of each step to ``metrics.jsonl`` and TensorBoard.
+    """Writes metrics of each step to ``metrics.jsonl``, TensorBoard and the service that was chosen.
 
     Args:
         output_dir: the run's folder.
         log_dir: folder of TensorBoard files.
         first_step: steps already done; what was written about later ones is dropped, since they are done again.
+        settings: every setting, flat, for TensorBoard's table that compares runs.
+        metric: what that table shows for a run: the last value of this scalar.
+        service: one of Accelerate's trackers, or None.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path, first_step: int) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        log_dir: Path,
+        first_step: int,
+        *,
+        settings: Mapping[str, bool | int | float | str],
+        metric: str,
+        service: Any,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
 
         self.path, self.log_dir = output_dir / "metrics.jsonl", log_dir
-        kept = [line for line in _lines(self.path) if _step_of(line) <= first_step]
-        write_text(self.path, "".join(kept))
+        drop_later_lines(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(log_dir), purge_step=first_step + 1)
+        self._service = service
+        assert self._board.file_writer is not None
+        # add_hparams would make a second run beside this one
+        for summary in hparams(dict(settings), {metric: math.nan}):
+            self._board.file_writer.add_summary(summary)
 
     def record(self, metrics: StepMetrics) -> None:
         """Write one step."""
         finite = {key: value if math.isfinite(value) else None for key, value in asdict(metrics).items()}
         with naming(self.path):
             self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
-        for name in ("loss", "lr", "grad_norm"):
-            self._board.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
-        self._board.add_scalar("train/seconds_per_step", metrics.seconds, metrics.step)
+        values = {f"train/{name}": getattr(metrics, name) for name in ("loss", "lr", "grad_norm")}
+        self.record_scalars(values | {"train/seconds_per_step": metrics.seconds}, metrics.step)
+
+    def record_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write numbers to TensorBoard and the service, not to ``metrics.jsonl``."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._service is not None:
+            self._service.log(dict(values), step=step)
 
     def record_timesteps(self, timesteps: torch.Tensor, step: int) -> None:
         """Write the histogram of times drawn since the last call."""
         self._board.add_histogram("train/timesteps", timesteps, step)
+
+    def record_audio(self, name: str, audio: torch.Tensor, rate: int, picture: torch.Tensor, step: int) -> None:
+        """Write music (1, S) and its spectrogram (3, height, width) to TensorBoard."""
+        self._board.add_audio(name, audio, step, sample_rate=rate)
+        self._board.add_image(name, picture, step)
 
     def flush(self) -> None:
         """Make what was written visible to other programs."""
@@ -83,6 +113,8 @@ class Tracker:
             self._file.close()
         with naming(self.log_dir):
             self._board.close()
+        if self._service is not None:
+            self._service.finish()
 
 
 @dataclass
@@ -101,6 +133,14 @@ class RunRecord:
     """The checkpoint of its own that resume_from took this run back to."""
     final: dict[str, str] = field(default_factory=dict)
     """Hash of each file in final/."""
+    stopped_early: bool = False
+    """Whether validation.patience ended the run before num_steps."""
+    memory_gib: float = 0.0
+    """Most memory that was used when a step was logged."""
+    train_seconds: float = 0.0
+    """Time spent on steps, over all the times the run was started."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """hash, loss, base_loss, best_loss, best_step, scales; empty without held-out songs."""
     started: str = ""
     finished: str = ""
     choices: dict[str, str] = field(default_factory=dict)
@@ -151,11 +191,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class Progress:
@@ -211,21 +246,24 @@ class Progress:
         self._bar.close()
 
 
-def duration(seconds: float) -> str:
-    """Write a time span as a person says it: 45 s, 12 min, 3 h 05 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def peak_memory(device: torch.device) -> str:
-    """Peak memory of the GPU, or memory held by the process on a CPU."""
+    """Say how much memory a run uses."""
+    return f"{used_gib(device):.1f} GiB{' at peak' if device.type == 'cuda' else ''}"
+
+
+def used_gib(device: torch.device) -> float:
+    """Peak memory of the GPU, or memory held by the process on a CPU, in GiB."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB at peak"
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil
 
-    return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
+    rss: int = psutil.Process().memory_info().rss
+    return rss / 2**30
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Drop the lines about later steps from a file of JSON lines, since a run that goes on does those steps again."""
+    write_text(path, "".join(line for line in _lines(path) if _step_of(line) <= step))
 
 
 def _lines(path: Path) -> list[str]:

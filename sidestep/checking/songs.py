@@ -1,0 +1,100 @@
+"""What is odd about the songs of a dataset, before a run spends hours on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError, safe_open
+
+from sidestep.data.audio import SILENT_PEAK
+from sidestep.data.holdout import content_id
+from sidestep.data.manifest import AGAIN, SongRecord
+
+SHOWN = 3
+_VERSION = re.compile(
+    r"[\(\[].*?[\)\]]|\b(live|remix|demo|instrumental|acapella|acoustic|edit|version|take|part|pt|mix|master)\b|[\d_.\-]+"
+)
+
+
+def check_songs(folder: Path, songs: Sequence[SongRecord], held_out: Sequence[int]) -> list[str]:
+    """Describe every oddity in one line each; nothing if there is none.
+
+    Args:
+        folder: the dataset folder.
+        songs: of the dataset.
+        held_out: numbers of those that are only evaluated.
+    """
+    notes = []
+    same = defaultdict(list)
+    for song in songs:
+        same[content_id(song)].append(song.audio)
+    if doubles := [names for names in same.values() if len(names) > 1]:
+        notes.append(f"the same sound under several names: {_some(' = '.join(names) for names in doubles)}")
+    notes += _from_headers(folder, songs)
+    if blank := [song.audio for song in songs if not song.caption.strip() or song.source == "file name"]:
+        notes.append(f"captioned by the file name, or not at all: {_some(blank)}")
+    notes += _families(songs, set(held_out))
+    return notes
+
+
+def _from_headers(folder: Path, songs: Sequence[SongRecord]) -> list[str]:
+    """What preprocessing wrote into the headers of the files: how loud a song is, and what was cut from its words."""
+    silent, clipped, cut, damaged = [], [], [], []
+    for song in songs:
+        try:
+            peak = float(_metadata(folder / song.latents).get("peak", "0.5"))
+            cuts = json.loads(_metadata(folder / song.conditions).get("cut", "{}"))
+        except (SafetensorError, OSError, ValueError):
+            damaged.append(song.audio)
+            continue
+        if peak < SILENT_PEAK:
+            silent.append(song.audio)
+        elif peak >= 1:
+            clipped.append(f"{song.audio} (peak {peak:.2f})")
+        cut += [f"{song.audio} ({tokens} tokens of {text})" for text, tokens in cuts.items() if tokens]
+    found = {
+        f"cannot be read, {AGAIN}": damaged,
+        "silent": silent,
+        "reaching full scale, so perhaps clipped": clipped,
+        "with words past what ACE-Step reads": cut,
+    }
+    return [f"{what}: {_some(names)}" for what, names in found.items() if names]
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def _families(songs: Sequence[SongRecord], held_out: set[int]) -> list[str]:
+    """Songs that are named like versions of one another and lie on both sides of the split."""
+    families = defaultdict(list)
+    for number, song in enumerate(songs):
+        families[family_of(song.audio)].append(number)
+    split = [
+        f"{songs[numbers[0]].audio} and {songs[numbers[1]].audio}"
+        for numbers in families.values()
+        if 0 < len(held_out & set(numbers)) < len(numbers)
+    ]
+    if not split:
+        return []
+    return [
+        f"named like versions of one song, on both sides of the split, which makes validation look better than it is: "
+        f"{_some(split)}; type validation.songs=[...] with all versions"
+    ]
+
+
+def family_of(audio: str) -> str:
+    """A file name without its numbers, brackets and words like live: what versions of one song have in common."""
+    stem = PurePosixPath(audio).stem.lower()
+    return " ".join(_VERSION.sub(" ", stem).split()) or stem
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return f"{', '.join(listed[:SHOWN])}{more}"

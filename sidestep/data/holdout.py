@@ -1,0 +1,55 @@
+"""Which songs are held out of training: decided by what is in them, so that adding songs moves none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from sidestep.config.evaluation import ValidationConfig
+from sidestep.data.manifest import SongRecord
+from sidestep.errors import UserError
+from sidestep.seeds import derive_seed
+
+
+def content_id(song: SongRecord) -> str:
+    """What tells a song from others by its sound: the hash that preprocessing named its latents after."""
+    return PurePosixPath(song.latents).stem
+
+
+def place_of(song: SongRecord) -> float:
+    """A number in [0, 1) that depends on the sound only; songs below ``validation.fraction`` are held out."""
+    return derive_seed(0, f"held out {content_id(song)}") / 2**63
+
+
+def hold_out(songs: Sequence[SongRecord], config: ValidationConfig) -> tuple[list[int], list[int]]:
+    """Split songs into those to train on and those held out.
+
+    The same sound is never on both sides. With ``fraction``, a song stays on its side whatever is added, but for the
+    one song that is held out where none would be.
+
+    Returns:
+        Their numbers: to train on, and held out; in the order of ``songs``.
+
+    Raises:
+        UserError: if a name matches no song, or nothing is left to train on.
+    """
+    if config.songs:
+        for name in config.songs:
+            if not any(fnmatchcase(song.audio, name) for song in songs):
+                raise UserError(
+                    f"validation.songs has {name!r}, which is no song of the dataset; its first is {songs[0].audio!r}"
+                )
+        named = {content_id(song) for song in songs if any(fnmatchcase(song.audio, name) for name in config.songs)}
+    elif config.fraction:
+        first = min(songs, key=place_of)
+        named = {content_id(song) for song in songs if place_of(song) < config.fraction} or {content_id(first)}
+    else:
+        named = set()
+    held_out = [number for number, song in enumerate(songs) if content_id(song) in named]
+    if len(held_out) == len(songs):
+        raise UserError(
+            f"validation would hold out all {len(songs)} songs of the dataset and leave none to train on; "
+            f"use a smaller validation.fraction than {config.fraction:g}, or name fewer in validation.songs"
+        )
+    return [number for number in range(len(songs)) if content_id(songs[number]) not in named], held_out

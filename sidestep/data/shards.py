@@ -1,0 +1,122 @@
+"""A dataset made in parts by several processes or nodes, and put together by whichever is done last.
+
+    <dataset_dir>/shards/3-of-8/shard.json    the songs of one part, once all of them are encoded
+
+Encoded files are named by what they are made from and lie in one folder, so a part that is run again does nothing
+twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.songs import Song
+from sidestep.errors import UserError
+from sidestep.files import write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Shard:
+    """What one part came to."""
+
+    listing: str
+    """Hash of all songs there were, of this part and the others; parts of different lists do not belong together."""
+    info: DatasetInfo
+    songs: list[SongRecord]
+    failed: dict[str, str] = field(default_factory=dict)
+    """Songs left out, and why."""
+
+
+def shard_folder(dataset_dir: Path, shard: int, num_shards: int) -> Path:
+    """Where a part says what it came to."""
+    return dataset_dir / "shards" / f"{shard}-of-{num_shards}"
+
+
+def songs_of(songs: Sequence[Song], shard: int, num_shards: int) -> list[Song]:
+    """Every ``num_shards``-th song, which are as many and as long as those of any other part.
+
+    Raises:
+        UserError: if a part would have no songs.
+    """
+    if num_shards > len(songs):
+        raise UserError(f"num_shards={num_shards} is more than the {len(songs)} songs there are; type fewer")
+    return list(songs[shard::num_shards])
+
+
+def hash_listing(songs: Sequence[Song]) -> str:
+    """Hash everything that is known of the songs without reading their audio."""
+    digest = hashlib.sha256()
+    for song in songs:
+        about = song.path.stat()
+        values = {key: str(value) for key, value in dataclasses.asdict(song).items()}
+        digest.update(json.dumps([values, about.st_size, about.st_mtime_ns], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write down what a part came to."""
+    write_text(folder / "shard.json", json.dumps(dataclasses.asdict(shard), ensure_ascii=False) + "\n")
+
+
+def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], listing: str) -> list[int]:
+    """Write the manifest of the whole dataset, if every part is done.
+
+    Args:
+        dataset_dir: the dataset's folder; nobody else may write its manifest meanwhile.
+        num_shards: how many parts there are.
+        songs: all songs, in the order of training.
+        listing: their hash.
+
+    Returns:
+        The parts that are not done, or were done with other songs or settings; empty if the manifest was written.
+
+    Raises:
+        UserError: if the parts were made with different models or settings.
+    """
+    shards = [_read(shard_folder(dataset_dir, number, num_shards) / "shard.json") for number in range(num_shards)]
+    missing = [number for number, shard in enumerate(shards) if shard is None or shard.listing != listing]
+    if missing:
+        return missing
+    done = [shard for shard in shards if shard is not None]
+    first = next((shard.info for shard in done if shard.songs), None)
+    if first is None:
+        reasons = "; ".join(reason for shard in done for reason in shard.failed.values())
+        raise UserError(f"none of the {len(songs)} songs can be used: {reasons}")
+    for number, shard in enumerate(done):
+        if shard.songs and _made_with(shard.info) != _made_with(first):
+            raise UserError(
+                f"shard={number} of {num_shards} was made with other settings than the rest; run it again with those"
+            )
+    records = {record.audio: record for shard in done for record in shard.songs}
+    ordered = [records[song.name] for song in songs if song.name in records]
+    info = dataclasses.replace(
+        first, num_songs=len(ordered), total_seconds=sum(shard.info.total_seconds for shard in done)
+    )
+    write_manifest(dataset_dir, info, ordered)
+    return []
+
+
+def _made_with(info: DatasetInfo) -> DatasetInfo:
+    return dataclasses.replace(info, num_songs=0, total_seconds=0.0)
+
+
+def _read(path: Path) -> Shard | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["info"] = DatasetInfo(**values["info"])
+        values["songs"] = [SongRecord(**record) for record in values["songs"]]
+        return Shard(**values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be understood (%s); run that part again", path, error)
+        return None

@@ -1,0 +1,135 @@
+"""Several processes of one run: which of them this is, and how they find each other.
+
+torchrun and ``accelerate launch`` tell their processes by RANK, WORLD_SIZE and so on, which is what torch and
+Accelerate read. Slurm has names of its own; they are translated here, once, so that everything else has one way.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from sidestep.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def join_processes(env: MutableMapping[str, str] = os.environ) -> None:
+    """In a Slurm step of several tasks, make each task one process of one run.
+
+    Only ``srun`` makes steps of several tasks: SLURM_NTASKS and SLURM_PROCID are there in a batch script too, where
+    nobody has started the other tasks.
+
+    Raises:
+        UserError: if a launcher made a smaller group than there are tasks, which would train beside each other.
+    """
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_STEP_ID" in env else 1
+    if tasks == 1:
+        return
+    if "WORLD_SIZE" in env:  # torchrun inside srun, or this function before
+        if int(env["WORLD_SIZE"]) < tasks:
+            raise UserError(
+                f"srun started {tasks} tasks, but WORLD_SIZE={env['WORLD_SIZE']}, so several runs would train beside "
+                f"each other; unset WORLD_SIZE and RANK, or start one task"
+            )
+        return
+    if "MASTER_ADDR" not in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+        env["MASTER_ADDR"] = asked.stdout.split()[0]
+    step = f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}.{env.get('SLURM_RESTART_COUNT', 0)}"
+    env.setdefault("MASTER_PORT", str(random.Random(step).randint(20000, 32000)))  # below the ports Linux gives out
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], str(tasks), env["SLURM_LOCALID"]
+    env["LOCAL_WORLD_SIZE"] = str(tasks // int(env.get("SLURM_STEP_NUM_NODES", "1")))
+
+
+def rank() -> int:
+    """Number of this process; 0 writes the files."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_together(facts: Mapping[str, Any]) -> None:
+    """Compare what the processes of a run know, before any of them trains.
+
+    Args:
+        facts: what must be the same in all of them; called by each with its own.
+
+    Raises:
+        UserError: in every process, naming the first that differs from process 0 and in what.
+    """
+    from accelerate.utils import gather_object
+
+    everybody = gather_object([dict(facts)])
+    for number, theirs in enumerate(everybody):
+        for key, value in everybody[0].items():
+            if theirs[key] != value:
+                raise UserError(
+                    f"the processes of this run do not agree: {key} is {value} in process 0 and {theirs[key]} in "
+                    f"process {number}; start them all with the same command, on the same files"
+                )
+
+
+def share_only_trained(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave alone what is the same in every process: frozen weights and buffers.
+
+    It would send all of the base model over the network when it begins, and every buffer in each step.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    same = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    same += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, same)
+
+
+class Agreement:
+    """One number that all processes of a run come to know in the same step, for example a signal that one received.
+
+    It goes over the processors' own network (gloo), so that no step waits for a GPU, and while the next step is
+    computed: what is told in one step is known in the next.
+
+    Args:
+        num_processes: one process agrees with itself at once.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._group: Any = None
+        self._asked: tuple[Tensor, Any] | None = None
+        if num_processes > 1:
+            import torch.distributed
+
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def on_largest(self, number: int) -> int:
+        """Tell a number; give the largest that any process told in the call before.
+
+        Every process must call it equally often.
+        """
+        if self._group is None:
+            return number
+        import torch
+
+        known = self._answer()
+        told = torch.tensor([number])
+        maximum = torch.distributed.ReduceOp.MAX
+        self._asked = told, torch.distributed.all_reduce(told, maximum, group=self._group, async_op=True)
+        return known
+
+    def close(self) -> None:
+        """Wait for the last answer; not after an error, since the others may never give one."""
+        self._answer()
+        if self._group is not None:
+            import torch.distributed
+
+            torch.distributed.destroy_process_group(self._group)
+
+    def _answer(self) -> int:
+        if self._asked is None:
+            return 0
+        told, work = self._asked
+        work.wait()
+        self._asked = None
+        return int(told)

@@ -1,0 +1,408 @@
+// The report page. Data arrives as JSON and is shown through textContent only, never as markup.
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const runs = data.runs.map((run, index) => ({ ...run, index }));
+  const at = (id) => document.getElementById(id);
+  const make = (tag, text, attributes = {}) => {
+    const node = document.createElement(tag);
+    if (text !== undefined && text !== null) node.textContent = text;
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    return node;
+  };
+  const number = (value, digits = 4) => (typeof value === "number" ? value.toFixed(digits) : "");
+  const duration = (s) => (!s ? "" : s < 90 ? `${s.toFixed(0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`);
+  const link = (path) => path.split("/").map(encodeURIComponent).join("/");
+  const source = (path) => (path.startsWith("data:") ? path : link(path));
+
+  // ---- what is comparable
+
+  const hashes = new Set(runs.map((run) => run.validation.hash).filter(Boolean));
+  const loss = (run) => (typeof run.validation.best_loss === "number" ? run.validation.best_loss : null);
+  const ranked = hashes.size === 1 ? runs.filter((run) => loss(run) !== null).sort((a, b) => loss(a) - loss(b)) : [];
+  ranked.forEach((run, place) => (run.rank = place + 1));
+  const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
+  const varied = keys.filter((key) => new Set(runs.map((run) => run.settings[key])).size > 1);
+
+  at("title").textContent = data.title;
+  const counts = {};
+  for (const run of runs) counts[run.status] = (counts[run.status] || 0) + 1;
+  at("summary").textContent =
+    `${runs.length} ${runs.length === 1 ? "run" : "runs"}: ` +
+    Object.entries(counts).map(([status, n]) => `${n} ${status}`).join(", ") +
+    (ranked.length ? `. Best held-out loss ${number(loss(ranked[0]))}, ${ranked[0].name}` : "") +
+    `. Written ${data.made}.`;
+  if (hashes.size > 1) {
+    at("warning").hidden = false;
+    at("warning").textContent =
+      `These runs were evaluated on ${hashes.size} different sets of songs, times or models, so their held-out losses ` +
+      "cannot be compared and no rank is given. Compare within one value of the column “evaluated”.";
+  }
+
+  // ---- the table
+
+  const columns = [
+    ...(ranked.length > 1 ? [{ name: "rank", value: (r) => r.rank ?? null, number: true, digits: 0 }] : []),
+    { name: "run", value: (r) => r.name || "(not begun)" },
+    { name: "status", value: (r) => r.status },
+    ...varied.map((key) => ({ name: key, value: (r) => r.settings[key] ?? "", setting: true })),
+    ...(hashes.size
+      ? [
+          { name: "held-out loss", value: loss, number: true },
+          { name: "base", value: (r) => r.validation.base_loss ?? null, number: true },
+          { name: "best step", value: (r) => r.validation.best_step ?? null, number: true, digits: 0 },
+          { name: "training songs", value: (r) => r.validation.train_loss ?? null, number: true },
+        ]
+      : [{ name: "smoothed loss", value: (r) => r.objective, number: true }]),
+    ...(hashes.size > 1 ? [{ name: "evaluated", value: (r) => r.validation.hash ?? "" }] : []),
+    { name: "steps", value: (r) => r.step, show: (r) => (r.num_steps ? `${r.step} of ${r.num_steps}` : ""), number: true },
+    { name: "time", value: (r) => r.seconds, show: (r) => duration(r.seconds), number: true },
+    { name: "memory", value: (r) => r.memory_gib, show: (r) => (r.memory_gib ? `${number(r.memory_gib, 1)} GiB` : ""), number: true },
+    { name: "error", value: (r) => r.error },
+  ];
+  const order = { column: ranked.length > 1 ? "rank" : "run", down: false };
+  const chosen = new Set((ranked.length ? ranked : runs.filter((run) => run.steps.length)).slice(0, 5).map((run) => run.index));
+
+  const shown = (column, run) => (column.show ? column.show(run) : column.number ? number(column.value(run), column.digits) : column.value(run));
+  const matches = (run) => {
+    if (at("status").value && run.status !== at("status").value) return false;
+    const text = [...columns.map((column) => shown(column, run)), ...Object.entries(run.settings).map(([k, v]) => `${k}=${v}`)].join(" ").toLowerCase();
+    return at("filter").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+  };
+  const compare = (a, b) => {
+    const column = columns.find((c) => c.name === order.column);
+    const [x, y] = [column.value(a), column.value(b)];
+    const empty = (v) => v === null || v === undefined || v === "";
+    if (empty(x) || empty(y)) return empty(x) - empty(y); // what is not known stays at the end
+    const [p, q] = [Number(x), Number(y)];
+    const result = !Number.isNaN(p) && !Number.isNaN(q) ? p - q : String(x).localeCompare(String(y), "en", { numeric: true });
+    return order.down ? -result : result;
+  };
+
+  function drawHead() {
+    const row = make("tr");
+    row.append(make("th", "show", { scope: "col" }));
+    for (const column of columns) {
+      const cell = make("th", null, { scope: "col", class: column.number ? "number" : "text", "aria-sort": order.column !== column.name ? "none" : order.down ? "descending" : "ascending" });
+      const button = make("button", column.name, { type: "button" });
+      button.addEventListener("click", () => {
+        order.down = order.column === column.name && !order.down;
+        order.column = column.name;
+        drawTable();
+        [...at("runs").tHead.querySelectorAll("button")].find((b) => b.textContent === column.name).focus();
+      });
+      cell.append(button);
+      row.append(cell);
+    }
+    at("runs").tHead.replaceChildren(row);
+  }
+
+  function drawTable() {
+    drawHead();
+    const visible = runs.filter(matches).sort(compare);
+    const rows = visible.map((run) => {
+      const row = make("tr");
+      const box = make("input", null, { type: "checkbox", "aria-label": `show ${run.name}` });
+      box.checked = chosen.has(run.index);
+      box.addEventListener("change", () => {
+        box.checked ? chosen.add(run.index) : chosen.delete(run.index);
+        drawCharts();
+        drawPlayers();
+      });
+      row.append(make("td"));
+      row.lastChild.append(box);
+      for (const column of columns) {
+        const cell = make("td", column.name === "run" ? "" : shown(column, run), { class: column.number ? "number" : column.name === "error" ? "error" : "text" });
+        if (column.name === "run") cell.append(run.folder && run.folder !== "." ? make("a", run.name, { href: `${link(run.folder)}/run.json` }) : make("span", column.value(run)));
+        row.append(cell);
+      }
+      return row;
+    });
+    at("runs").tBodies[0].replaceChildren(...rows);
+    at("count").textContent = `${visible.length} of ${runs.length} shown`;
+  }
+
+  for (const status of ["", ...Object.keys(counts)]) at("status").append(make("option", status || "all", { value: status }));
+  at("status").addEventListener("change", drawTable);
+  at("filter").addEventListener("input", drawTable);
+
+  // ---- curves
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const strokes = () => {
+    const list = [...chosen].sort((a, b) => a - b);
+    return new Map(list.map((index, place) => [index, colour(`--c${place % 8}`)]));
+  };
+  const picked = () => [...chosen].sort((a, b) => a - b).map((index) => runs[index]);
+  let plots = [];
+
+  function plot(id, label, series, options = {}) {
+    const place = at(id);
+    place.replaceChildren();
+    const lines = series.filter((line) => line.x.length && line.y.some((y) => y !== null));
+    if (!lines.length) {
+      place.append(make("p", options.empty || "Nothing to draw: tick a run that has these numbers.", { class: "empty" }));
+      return;
+    }
+    const xs = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+    const where = new Map(xs.map((x, i) => [x, i]));
+    const ys = lines.map((line) => {
+      const y = new Array(xs.length).fill(options.points ? null : undefined); // undefined: the line goes on
+      line.x.forEach((x, i) => (y[where.get(x)] = line.y[i]));
+      return y;
+    });
+    const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
+    const pad = xs.length > 1 ? (xs[xs.length - 1] - xs[0]) * 0.04 : 0.5;
+    const made = new uPlot(
+      {
+        width: Math.max(260, place.clientWidth),
+        height: 240,
+        scales: { x: { time: false, range: options.points ? () => [xs[0] - pad, xs[xs.length - 1] + pad] : undefined } },
+        axes: [
+          { ...axis, ...(options.labels ? { splits: () => xs, values: (_, values) => values.map((v) => options.labels[v] ?? "") } : {}) },
+          { ...axis, size: 60 },
+        ],
+        legend: { show: !options.points },
+        series: [
+          { label },
+          ...lines.map((line) => ({
+            label: line.label,
+            stroke: line.stroke,
+            width: 1.5,
+            dash: line.dash ? [6, 4] : undefined,
+            spanGaps: true,
+            paths: options.points ? () => null : line.bars ? uPlot.paths.bars({ size: [line.width, 60], align: line.align }) : undefined,
+            fill: line.bars ? line.stroke : undefined,
+            points: { show: options.points || (line.x.length < 25 && !line.bars), size: options.points ? 9 : 5, fill: options.points ? line.stroke : undefined },
+            value: (_, value) => (value === null || value === undefined ? "" : value.toFixed(4)),
+          })),
+        ],
+      },
+      [xs, ...ys],
+      place,
+    );
+    made.root.setAttribute("role", "img");
+    made.root.setAttribute("aria-label", place.parentNode.querySelector("figcaption").textContent);
+    plots.push(made);
+  }
+
+  function drawCharts() {
+    for (const made of plots) made.destroy();
+    plots = [];
+    const stroke = strokes();
+    const list = picked();
+    plot("chart-train", "step", list.map((run) => ({ label: run.name, x: run.steps, y: run.losses, stroke: stroke.get(run.index) })));
+    plot(
+      "chart-validation",
+      "step",
+      list.flatMap((run) => {
+        const x = run.evaluations.map((e) => e.step);
+        return [
+          { label: run.name, x, y: run.evaluations.map((e) => e.loss), stroke: stroke.get(run.index) },
+          { label: "base model", x, y: run.evaluations.map((e) => e.base_loss), stroke: stroke.get(run.index), dash: true },
+        ];
+      }),
+      { empty: "No held-out songs: train with validation.fraction=0.1." },
+    );
+    plot(
+      "chart-times",
+      "time",
+      list.flatMap((run) => {
+        const best = run.evaluations.find((e) => e.step === run.validation.best_step);
+        if (!best) return [];
+        return [
+          { label: run.name, x: best.times, y: best.losses, stroke: stroke.get(run.index), bars: list.length === 1, width: 0.5, align: 0 },
+          { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: true },
+        ];
+      }),
+      { empty: "No held-out songs: train with validation.fraction=0.1." },
+    );
+    drawSetting();
+    at("legend").replaceChildren(
+      ...list.map((run) => {
+        const item = make("li");
+        const line = make("i");
+        line.style.background = stroke.get(run.index);
+        item.append(line, make("span", run.name));
+        return item;
+      }),
+    );
+  }
+
+  function drawSetting() {
+    const key = at("setting").value;
+    const value = (run) => (hashes.size ? loss(run) : run.objective);
+    const known = runs.filter((run) => key in run.settings && typeof value(run) === "number");
+    if (hashes.size > 1) return plot("chart-setting", key, [], { empty: "The held-out losses cannot be compared." });
+    const words = known.some((run) => Number.isNaN(Number(run.settings[key])) || run.settings[key] === "");
+    const names = [...new Set(known.map((run) => run.settings[key]))].sort((a, b) => (words ? a.localeCompare(b) : a - b));
+    const spread = !words && names.length > 1 && names[0] > 0 && names[names.length - 1] / names[0] >= 30; // learning rates: even steps
+    const position = (run) => (words || spread ? names.indexOf(run.settings[key]) : Number(run.settings[key]));
+    // uPlot keeps one y per x and series: each run is a series of one point
+    plot(
+      "chart-setting",
+      key,
+      known.map((run) => ({ label: run.name, x: [position(run)], y: [value(run)], stroke: strokes().get(run.index) || colour("--soft") })),
+      { points: true, labels: words || spread ? Object.fromEntries(names.map((n, i) => [i, n])) : null, empty: "No setting differs between finished runs." },
+    );
+  }
+
+  for (const key of varied) at("setting").append(make("option", key, { value: key }));
+  at("setting").addEventListener("change", drawCharts);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
+  let resizing = 0;
+  addEventListener("resize", () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(drawCharts, 150);
+  });
+
+  // ---- listening
+
+  const piece = (p) => `${p.prompt} (seed ${p.seed})`;
+  const pieces = [...new Set(runs.flatMap((run) => run.previews.map(piece)))];
+  for (const name of pieces) at("piece").append(make("option", name.length > 70 ? `${name.slice(0, 60)}… ${name.slice(-9)}` : name, { value: name }));
+  at("listening").hidden = !pieces.length;
+  const describe = (c) => (c.preview.scale === 0 ? "base model" : `${c.run.name}, epoch ${c.preview.epoch}, scale ${c.preview.scale}`);
+
+  /** What can be heard of one piece of music: the base model once, then each ticked run. */
+  function candidates(name, epoch) {
+    const list = [];
+    const bases = new Set();
+    for (const run of picked()) {
+      const last = Math.max(0, ...run.previews.map((p) => p.epoch));
+      for (const preview of run.previews.filter((p) => piece(p) === name)) {
+        if (preview.scale === 0) {
+          if (bases.has(preview.hash)) continue;
+          bases.add(preview.hash);
+        } else if (epoch !== "all" && preview.epoch !== (epoch === "last" ? last : Number(epoch))) continue;
+        list.push({ run, preview });
+      }
+    }
+    return list.sort((a, b) => (a.preview.scale !== 0) - (b.preview.scale !== 0));
+  }
+
+  function drawPlayers() {
+    const epochs = [...new Set(picked().flatMap((run) => run.previews.filter((p) => p.scale !== 0).map((p) => p.epoch)))].sort((a, b) => a - b);
+    const before = at("epoch").value || "last";
+    at("epoch").replaceChildren(...["last", "all", ...epochs].map((e) => make("option", e, { value: e })));
+    at("epoch").value = ["all", ...epochs.map(String)].includes(before) ? before : "last";
+    const list = candidates(at("piece").value, at("epoch").value);
+    at("players").replaceChildren(
+      ...list.map((candidate) => {
+        const card = make("div", null, { class: "player" });
+        card.append(make("strong", describe(candidate)));
+        if (candidate.preview.picture) card.append(make("img", null, { src: source(candidate.preview.picture), alt: "Spectrogram up to 12 kHz", loading: "lazy" }));
+        card.append(make("audio", null, { src: source(candidate.preview.audio), controls: "", preload: "none", "aria-label": describe(candidate) }));
+        return card;
+      }),
+      ...(list.length ? [] : [make("p", "Tick a run that has previews.", { class: "empty" })]),
+    );
+    at("blind-start").disabled = list.length < 2;
+  }
+  at("piece").addEventListener("change", drawPlayers);
+  at("epoch").addEventListener("change", drawPlayers);
+  document.addEventListener("play", (event) => { // one at a time
+    for (const other of document.querySelectorAll("audio")) if (other !== event.target) other.pause();
+  }, true);
+
+  // ---- blind comparison
+
+  let pairs = [];
+  const choices = [];
+  const shuffle = (list) => {
+    for (let i = list.length - 1; i > 0; i--) {
+      const j = Math.floor(Math.random() * (i + 1));
+      [list[i], list[j]] = [list[j], list[i]];
+    }
+    return list;
+  };
+
+  function nextPair() {
+    const pair = pairs[0];
+    if (!pair) return endBlind();
+    at("blind-prompt").textContent = piece(pair[0].preview);
+    at("blind-a").src = source(pair[0].preview.audio);
+    at("blind-b").src = source(pair[1].preview.audio);
+    at("blind-count").textContent = `${pairs.length} to go`;
+  }
+
+  function startBlind() {
+    pairs = [];
+    for (const name of pieces) {
+      const list = candidates(name, at("epoch").value);
+      for (let i = 0; i < list.length; i++) for (let j = i + 1; j < list.length; j++) pairs.push(shuffle([list[i], list[j]]));
+    }
+    pairs = shuffle(pairs).slice(0, 30);
+    at("players").hidden = true; // no name may be seen
+    at("blind").hidden = false;
+    at("blind-result").hidden = true;
+    nextPair();
+    at("blind").querySelector("button").focus();
+  }
+
+  const saved = (c) => ({ run: c.run.name, epoch: c.preview.epoch, scale: c.preview.scale, file: c.preview.file || c.preview.audio });
+  function choose(choice) {
+    const [a, b] = pairs.shift();
+    choices.push({ prompt: a.preview.prompt, seed: a.preview.seed, a: saved(a), b: saved(b), better: choice, names: [describe(a), describe(b)] });
+    nextPair();
+  }
+
+  function endBlind() {
+    pairs = [];
+    for (const id of ["blind-a", "blind-b"]) at(id).pause();
+    at("blind").hidden = true;
+    at("players").hidden = false;
+    at("blind-result").hidden = !choices.length;
+    const score = new Map();
+    for (const choice of choices) {
+      choice.names.forEach((name, i) => {
+        const row = score.get(name) || { won: 0, heard: 0 };
+        row.heard += 1;
+        row.won += choice.better === "ab"[i] ? 1 : choice.better === "none" ? 0.5 : 0;
+        score.set(name, row);
+      });
+    }
+    const head = make("tr");
+    head.append(...["what", "preferred", "heard"].map((name) => make("th", name, { scope: "col" })));
+    at("choices").tHead.replaceChildren(head);
+    at("choices").tBodies[0].replaceChildren(
+      ...[...score].sort((a, b) => b[1].won / b[1].heard - a[1].won / a[1].heard).map(([name, row]) => {
+        const line = make("tr");
+        line.append(make("td", name), make("td", row.won), make("td", row.heard));
+        return line;
+      }),
+    );
+    at("blind-start").focus();
+  }
+
+  at("blind-start").addEventListener("click", startBlind);
+  at("blind-end").addEventListener("click", endBlind);
+  for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => choose(button.dataset.choice));
+  addEventListener("keydown", (event) => {
+    if (at("blind").hidden || event.ctrlKey || event.metaKey || event.altKey || /INPUT|SELECT/.test(event.target.tagName)) return;
+    const key = event.key.toLowerCase();
+    if (key === "1" || key === "2") {
+      const audio = at(key === "1" ? "blind-a" : "blind-b");
+      audio.paused ? audio.play() : audio.pause();
+    } else if ("abn".includes(key)) choose(key === "n" ? "none" : key);
+  });
+  at("save").addEventListener("click", () => {
+    const text = JSON.stringify({ page: data.title, made: data.made, saved: new Date().toISOString(), choices: choices.map(({ names, ...rest }) => rest) }, null, 2);
+    const anchor = make("a", null, { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "choices.json" });
+    anchor.click();
+    URL.revokeObjectURL(anchor.href);
+  });
+
+  // ---- what failed
+
+  const failed = runs.filter((run) => run.error);
+  at("failed").hidden = !failed.length;
+  for (const run of failed) {
+    const name = run.name || Object.entries(run.settings).map(([k, v]) => `${k}=${v}`).join(" ");
+    at("errors").append(make("dt", `${name} (${run.status})`), make("dd", run.error));
+  }
+
+  drawTable();
+  drawCharts();
+  drawPlayers();
+})();

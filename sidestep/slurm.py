@@ -1,0 +1,336 @@
+"""The points of a sweep as jobs of a Slurm cluster.
+
+Submitit writes the batch scripts, pickles what is to run and submits arrays. What the jobs come to is read from
+the folders of the points and from ``squeue``, so no result is lost with a job, and nothing depends on accounting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sidestep.config.cluster import SlurmConfig
+from sidestep.errors import PointFailed, UserError
+from sidestep.processes import rank
+from sidestep.reporting.runs import (
+    Plan,
+    PlannedPoint,
+    PointRecord,
+    queued_jobs,
+    read_plan,
+    read_point,
+    same_point,
+)
+from sidestep.sweep import slurm_job, update_tables
+from sidestep.times import now
+from sidestep.training.signals import Interrupted
+
+log = logging.getLogger(__name__)
+
+ARRAY_SIZE = 1000
+"""Points of one array; Slurm's default limit is 1,001."""
+SLOWEST_POLL = 10.0
+"""Seconds between two looks at the queue, once a sweep has run for a while."""
+
+
+@dataclass
+class SlurmJob:
+    """What a job runs: one point. It is pickled by the launching process and called on the node."""
+
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    config: DictConfig
+
+    @property
+    def cluster(self) -> SlurmConfig:
+        """The typed settings.
+
+        Raises:
+            UserError: if they contradict each other.
+        """
+        try:
+            settings = OmegaConf.to_object(self.config.cluster)
+        except OmegaConfBaseException as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise
+        assert isinstance(settings, SlurmConfig)
+        return settings
+
+    def point_config(self, overrides: Sequence[str]) -> DictConfig:
+        """Compose the config of one point."""
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        assert isinstance(config, DictConfig)
+        return config
+
+    def __call__(self, overrides: list[str], number: int, state: Any) -> None:
+        """Run the point on the node.
+
+        Slurm sends SIGUSR2 to every process of the job when its time runs out or it is preempted. By default it kills,
+        so it is ignored until here (see ``_python``), and again once the point is over, since Python gives signals
+        their defaults back while it shuts down.
+
+        Raises:
+            PointFailed: so that the job fails in Slurm, too.
+        """
+        signal.signal(signal.SIGUSR2, _requeue_at_once)
+        Singleton.set_state(state)
+        setup_globals()
+        config = self.point_config(overrides)
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = slurm_job(), number
+        try:
+            done = run_job(
+                hydra_context=self.hydra_context,
+                task_function=self.task_function,
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+        except Interrupted as stop:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            if stop.received == signal.SIGUSR2:
+                requeue(self.cluster.max_requeues)
+            else:  # a preempted job is requeued by Slurm only if it is still there, and a cancelled one is ended
+                time.sleep(600)
+            raise
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        if done.status is JobStatus.FAILED:
+            raise done._return_value
+
+
+def _requeue_at_once(number: int, frame: FrameType | None) -> None:
+    """Before a run has begun to train there is nothing to save."""
+    requeue(sys.maxsize)
+
+
+def requeue(max_requeues: int) -> None:
+    """Ask Slurm to start this job again, which it does in the same folder; the process ends.
+
+    Raises:
+        PointFailed: if that was done too often.
+    """
+    if rank() == 0:
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
+            raise PointFailed(f"started again {max_requeues} times (cluster.max_requeues); type the command again")
+        log.info("going on in a new job")
+        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+    # not with an error: srun would then end rank 0 before it has asked
+    logging.shutdown()
+    os._exit(0)
+
+
+def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+    """Submit the points that are not finished, and wait for all of them if asked to.
+
+    Raises:
+        UserError: if there is no Slurm here, or it refuses the job.
+    """
+    cluster = job.cluster
+    setup_globals()
+    configure_log(job.config.hydra.hydra_logging, job.config.hydra.verbose)
+    logging.getLogger("sidestep").setLevel(logging.INFO)
+    if shutil.which("sbatch") is None:
+        raise UserError("cluster=slurm needs sbatch, which is not here; type this on a login node of the cluster")
+    sweep_dir = Path(job.config.hydra.sweep.dir)
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    folders = [sweep_dir / str(job.point_config(overrides).hydra.sweep.subdir) for overrides in points]
+    jobs = _known_jobs(sweep_dir, points)
+    todo = []
+    for number, (overrides, folder) in enumerate(zip(points, folders, strict=True)):
+        if is_finished(job, overrides, folder):
+            jobs[number] = ""
+            log.info("%s is finished", folder)
+        elif jobs[number]:
+            log.info("%s is in the queue already, as job %s", folder, jobs[number])
+        else:
+            todo.append(number)
+    for start in range(0, len(todo), ARRAY_SIZE):
+        numbers = todo[start : start + ARRAY_SIZE]
+        submitted = submit(job, cluster, sweep_dir, [(list(points[n]), first_number + n) for n in numbers])
+        for number, name in zip(numbers, submitted, strict=True):
+            jobs[number] = name
+            log.info("%s is job %s", folders[number], name)
+        _write_plan(sweep_dir, points, jobs)
+    if not cluster.wait:
+        log.info("look at them with python -m sidestep.report sweep_dir=%s", sweep_dir)
+        return [JobReturn(overrides=list(point), status=JobStatus.COMPLETED, _return_value=None) for point in points]
+    with _cancelling_on_ctrl_c([name for name in jobs if name]):
+        wait_for(sweep_dir, {name for name in jobs if name})
+    return [_result(job, *of) for of in zip(points, folders, jobs, strict=True)]
+
+
+def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequence[tuple[list[str], int]]) -> list[str]:
+    """Submit points as one array; give the number of each one's job.
+
+    Raises:
+        UserError: with Slurm's own words, if it refuses them.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("cluster=slurm needs submitit: pip install -c constraints.txt -e '.[slurm]'") from error
+
+    processes = cluster.processes_per_node or max(1, cluster.gpus_per_node)
+    executor = submitit.SlurmExecutor(folder=sweep_dir / ".slurm" / "%j", python=_python(cluster))
+    wanted = {
+        "job_name": f"sidestep-{sweep_dir.name}",
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": cluster.time_minutes,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": processes,
+        "cpus_per_task": cluster.cpus_per_process,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{cluster.memory_gib}G" if cluster.memory_gib is not None else None,
+        "array_parallelism": cluster.array_width,
+        "signal_delay_s": cluster.signal_seconds,
+        # newer Slurms do not hand --cpus-per-task on to srun
+        "setup": ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup],
+        "srun_args": ["--kill-on-bad-exit=1", *cluster.srun],
+        "additional_parameters": {"requeue": True, **dict(map(_sbatch_option, cluster.sbatch))},
+    }
+    executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
+    state = Singleton.get_state()
+    try:
+        jobs = executor.map_array(job, *zip(*((overrides, number, state) for overrides, number in points), strict=True))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        said = [line for line in str(error).splitlines() if line.startswith("sbatch:")] or [str(error)]
+        raise UserError(f"Slurm refused the job: {' '.join(said)}") from error
+    return [submitted.job_id for submitted in jobs]
+
+
+def _sbatch_option(typed: str) -> tuple[str, str | bool]:
+    """Split --exclude=node7 or --exclusive as submitit wants it."""
+    key, _, value = typed.removeprefix("--").partition("=")
+    return key, value or True
+
+
+def _python(cluster: SlurmConfig) -> str:
+    """The command that starts Python on a node, deaf to SIGUSR2 until there is somebody to take it."""
+    return f'bash -c \'trap "" USR2; exec "$@"\' sidestep {cluster.python or shlex.quote(sys.executable)}'
+
+
+def is_finished(job: SlurmJob, overrides: Sequence[str], folder: Path) -> bool:
+    """Whether a point was finished before with exactly these settings, so that no job is needed to find out."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        config = job.point_config(overrides)
+        with open_dict(config):
+            del config["hydra"]
+        settings = json.loads(json.dumps(asdict(cast(Any, OmegaConf.to_object(config))), default=str))
+        return bool(record["status"] == "finished" and _without_cluster(record["config"]) == _without_cluster(settings))
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException):
+        return False  # the job will say what is wrong
+
+
+def _without_cluster(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "cluster"}
+
+
+def _known_jobs(sweep_dir: Path, points: Sequence[Sequence[str]]) -> list[str]:
+    """Number of the job of each point that an earlier command submitted and that is still in the queue."""
+    plan, queued = read_plan(sweep_dir), queued_jobs() or {}
+    known = {same_point(point.overrides): point.job for point in plan.points} if plan is not None else {}
+    jobs = [known.get(same_point(overrides), "") for overrides in points]
+    return [name if name in queued else "" for name in jobs]
+
+
+def _write_plan(sweep_dir: Path, points: Sequence[Sequence[str]], jobs: Sequence[str]) -> None:
+    before = read_plan(sweep_dir)
+    planned = {same_point(point.overrides): point for point in (before.points if before is not None else [])}
+    for overrides, name in zip(points, jobs, strict=True):
+        planned[same_point(overrides)] = PlannedPoint(overrides=list(overrides), job=name)
+    Plan(launched=before.launched if before is not None else now(), points=list(planned.values())).write(sweep_dir)
+
+
+def wait_for(sweep_dir: Path, jobs: set[str]) -> None:
+    """Wait until no job is in the queue any more, with the table of the sweep kept up to date."""
+    pause, left = 0.5, len(jobs)
+    while True:
+        queued = queued_jobs()
+        if queued is not None:  # the controller may be away for a while
+            still = jobs & queued.keys()
+            if len(still) < left:
+                log.info("%d of %d jobs are over", len(jobs) - len(still), len(jobs))
+                left = len(still)
+                update_tables(sweep_dir)
+            if not still:
+                return
+        time.sleep(pause)
+        pause = min(1.2 * pause, SLOWEST_POLL)
+
+
+@contextlib.contextmanager
+def _cancelling_on_ctrl_c(jobs: Sequence[str]) -> Iterator[None]:
+    """On Ctrl-C, ask whether the jobs are to be cancelled; where nobody can be asked, cancel them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = [name for name in jobs if name in (queued_jobs() or {})]
+        if left and _wants_to_cancel(len(left)):
+            subprocess.run(["scancel", *left], check=True)
+            log.info("cancelled %d jobs; what they saved is kept, and the same command goes on from it", len(left))
+        elif left:
+            log.info("%d jobs go on; the same command waits for them again", len(left))
+        raise
+
+
+def _wants_to_cancel(count: int) -> bool:
+    if not sys.stdin.isatty():
+        return True
+    try:
+        return input(f"\ncancel the {count} jobs that are not over? [y/N] ").strip().lower() in ("y", "yes")
+    except (KeyboardInterrupt, EOFError):
+        return False
+
+
+def _result(job: SlurmJob, overrides: Sequence[str], folder: Path, name: str) -> JobReturn:
+    """Read what a point came to, and write it down for a job that died without a word."""
+    attempt = read_point(folder)
+    for _ in range(20):  # a network file system may show the file a moment later
+        if not name or (attempt is not None and attempt.job == name and attempt.status != "running"):
+            break
+        time.sleep(0.1)
+        attempt = read_point(folder)
+    if name and (attempt is None or attempt.job != name or attempt.status not in ("finished", "failed")):
+        attempt = attempt or PointRecord(overrides=list(overrides), started=now())
+        attempt.job, attempt.status, attempt.ended = name, "failed", now()
+        attempt.error = f"job {name} ended without a result, {_state(name)}; see {folder.parent / '.slurm' / name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        attempt.write(folder)
+    assert attempt is not None or not name
+    if attempt is not None and attempt.status == "failed":
+        return JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=PointFailed(attempt.error))
+    objective = attempt.objective if attempt is not None else None
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=objective)
+
+
+def _state(job: str) -> str:
+    """Slurm's word for how a job ended, as long as the controller remembers it."""
+    asked = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, check=False)
+    words = dict(word.partition("=")[::2] for word in asked.stdout.split())
+    if "JobState" not in words:
+        return "and Slurm has forgotten it"
+    return f"Slurm calls it {words['JobState']}, exit code {words.get('ExitCode', '?')}"

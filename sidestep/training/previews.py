@@ -1,0 +1,174 @@
+"""Music rendered while a run trains, from the adapter's saved files, without disturbing the run.
+
+previews/base/       what the base model makes of the same prompts and seeds, rendered once
+previews/epoch_N/    prompt1-seed0-scale1.flac, its spectrogram .png, and previews.json
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import soundfile
+import torch
+from torch import Tensor, nn
+
+from sidestep.adapters import Adapter
+from sidestep.errors import UserError
+from sidestep.files import replacing_folder
+from sidestep.inference.pipeline import Request, Sampling
+from sidestep.inference.previews import Preview, render, spectrogram
+
+if TYPE_CHECKING:
+    from sidestep.training.metrics import StepLog
+    from sidestep.training.run import Run
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "previews.json"
+
+
+class Previews:
+    """Renders what ``previews`` of a run's settings asks for.
+
+    Args:
+        run: whose adapter is rendered and whose folder is written to.
+
+    Raises:
+        UserError: if there is nothing to render.
+    """
+
+    def __init__(self, run: Run) -> None:
+        settings = run.config.previews
+        self.run, self.settings = run, settings
+        self.folder = run.output_dir / "previews"
+        self.requests = [
+            Request(prompt=prompt, seconds=settings.seconds, lyrics=settings.lyrics) for prompt in self._prompts()
+        ]
+        self.sampling = Sampling(
+            shift=run.config.shift,
+            num_inference_steps=settings.num_inference_steps or run.config.num_inference_steps,
+            guidance_scale=run.config.model_variant.guidance_scale,
+        )
+
+    def _prompts(self) -> list[str]:
+        if self.settings.prompts:
+            return self.settings.prompts
+        songs = [self.run.all_songs.songs[number] for number in [*self.run.held_out, *self.run.trained]]
+        captions = list(dict.fromkeys(song.caption for song in songs if song.caption.strip()))[:2]
+        if not captions:
+            raise UserError("the songs have no captions to render previews of; type previews.prompts=['warm jazz']")
+        return captions
+
+    def render_base(self) -> None:
+        """Render the base model, unless it was done before; doing it first shows early that rendering works."""
+        if 0 in self.settings.scales and _read(self.folder / "base").get("hash") != self._hash():
+            log.info("rendering previews of the base model")
+            self._render("base", None, [0.0], step=0)
+
+    def render(self, adapter: Adapter, step: int, steps: StepLog) -> None:
+        """Render the adapter as it is at the end of a step; a card that is too small for it costs only the preview."""
+        name = f"epoch_{int(self.run.epoch_at(step))}"
+        log.info("rendering previews of step %d", step)
+        try:
+            self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step)
+        except torch.OutOfMemoryError:
+            log.warning(
+                "previews of step %d did not fit in memory; training goes on; use a smaller previews.seconds than %g",
+                step,
+                self.settings.seconds,
+            )
+            return
+        for folder in (self.folder / "base", self.folder / name):
+            for preview in _read(folder).get("files", []):
+                samples, rate = soundfile.read(folder / preview["file"], dtype="float32", always_2d=True)
+                audio = torch.from_numpy(samples.T)
+                tag = f"previews/{Path(preview['file']).stem}"
+                steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
+
+    def _render(self, name: str, adapter: Adapter | None, scales: Sequence[float], step: int) -> None:
+        run = self.run
+        with replacing_folder(self.folder / name) as partial:
+            saved = None
+            if adapter is not None:
+                saved = partial / "adapter"
+                saved.mkdir()
+                adapter.save(saved, run.metadata(step))
+            files: list[Preview] = render(
+                run.checkpoint,
+                saved,
+                self.requests,
+                seeds=self.settings.seeds,
+                scales=scales,
+                sampling=self.sampling,
+                device=run.device,
+                dtype=run.dtype,
+                folder=partial,
+            )
+            if saved is not None:
+                shutil.rmtree(saved)
+            about = {"step": step, "epoch": round(run.epoch_at(step), 4), "hash": self._hash()}
+            listed = about | {"files": [asdict(file) for file in files]}
+            (partial / MANIFEST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _hash(self) -> str:
+        """Sixteen hex digits of what decides the base model's music; previews with different ones do not compare."""
+        decides = {
+            "requests": [asdict(request) for request in self.requests],
+            "seeds": self.settings.seeds,
+            "sampling": asdict(self.sampling),
+            "checkpoint": self.run.record.model["fingerprint"],
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def out_of_the_way(model: nn.Module, optimizer: Any, device: torch.device) -> Iterator[None]:
+    """Free a GPU of a model and its optimiser's state while the block runs, and bring both back as they were.
+
+    Args:
+        model: perhaps wrapped by Accelerate; it has no gradients now.
+        optimizer: of its adapter.
+        device: where they are; on a CPU nothing is moved, since there is no other memory.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    places: list[tuple[dict[str, Any], str, torch.device]] = [
+        (state, key, value.device)
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    ]
+    model.to("cpu")
+    for state, key, _ in places:
+        state[key] = state[key].to("cpu")
+    _empty_cache(device)
+    try:
+        yield
+    finally:
+        _empty_cache(device)
+        model.to(device)
+        for state, key, place in places:
+            state[key] = state[key].to(place)
+
+
+def _empty_cache(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The list of a folder's previews; empty if they were never finished."""
+    path = folder / MANIFEST
+    listed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return listed

@@ -1,0 +1,342 @@
+"""How well an adapter predicts songs that it never trained on, as a number that can be compared.
+
+Every held-out song is evaluated on one excerpt, at fixed times and with fixed noise, all decided by the song itself and
+not by the run's seed. So two runs on the same dataset give numbers that differ only by what was learnt, and the
+difference to the base model is taken song by song, where the noise of the measurement cancels.
+
+    validation.jsonl    one line per evaluation
+    best/               the adapter of the best one, written by the run
+
+Shapes: N songs, K times, T latent frames, C latent channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.conditioning import context_latents
+from sidestep.adapters.files import attach_saved
+from sidestep.data.dataset import Example
+from sidestep.data.holdout import content_id, place_of
+from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES
+from sidestep.seeds import derive_seed
+from sidestep.training.flow import Noising, VelocityLoss
+from sidestep.training.forward import predict_velocity
+from sidestep.training.tracking import drop_later_lines
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sidestep.training.ema import WeightMean
+    from sidestep.training.run import Run
+
+log = logging.getLogger(__name__)
+
+FILE = "validation.jsonl"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``validation.jsonl``."""
+
+    step: int
+    epoch: float
+    hash: str
+    """Of all that was evaluated: model, songs, excerpts and times. Losses with different hashes cannot be compared."""
+    num_songs: int
+    loss: float
+    """Mean squared error of the velocity, over songs and times."""
+    base_loss: float
+    """The same of the base model."""
+    difference: float
+    """loss - base_loss; below 0 the adapter predicts these songs better than the base model."""
+    difference_error: float
+    """Standard error of the difference, over songs; 0 for a single song."""
+    times: list[float]
+    losses: list[float]
+    """Loss at each of the times."""
+    base_losses: list[float]
+    train_loss: float
+    """Loss on as many songs of the training set, evaluated in the same way."""
+    train_base_loss: float
+    drift: float
+    """How far the output has moved from the base model's without any words: 0 is not at all, 1 as much as its size."""
+    ema_loss: float | None
+    """Loss of the running mean of the adapter's weights, if ema_decay is set."""
+
+    def scalars(self) -> dict[str, float]:
+        """What TensorBoard shows."""
+        values = {f"validation/{key}": getattr(self, key) for key in ("loss", "difference", "train_loss", "drift")}
+        if self.ema_loss is not None:
+            values["validation/ema_loss"] = self.ema_loss
+        return values | {
+            f"validation_by_time/{time:.3f}": loss for time, loss in zip(self.times, self.losses, strict=True)
+        }
+
+
+class Validation:
+    """Evaluates a transformer on the held-out songs of a run.
+
+    Making one measures the base model, so the transformer must not carry an adapter yet.
+
+    Args:
+        run: whose songs are evaluated and whose folder is written to.
+        accelerator: of the loop.
+        transformer: the bare base model.
+        attention: of the same transformer.
+    """
+
+    def __init__(
+        self, run: Run, accelerator: Accelerator, transformer: nn.Module, attention: WindowedAttention
+    ) -> None:
+        self.run, self.accelerator, self.attention = run, accelerator, attention
+        self.device = torch.device(accelerator.device.type) if run.device.type == "cpu" else accelerator.device
+        settings = run.config.validation
+        self.times = [(k + 0.5) / settings.num_times for k in range(settings.num_times)]
+        self.held_out = run.held_out
+        by_place = sorted(run.trained, key=lambda number: place_of(run.all_songs.songs[number]))
+        self.trained = sorted(by_place[: len(self.held_out)])
+        self.hash = self._hash()
+        self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
+        self.last: Evaluation | None = None
+
+        self._base = self._losses(transformer, self.held_out)
+        self._train_base = self._losses(transformer, self.trained)
+        self._base_neutral = self._neutral_output(transformer)
+
+    def _hash(self) -> str:
+        """Sixteen hex digits of everything that decides the numbers besides the adapter."""
+        settings = self.run.config.validation
+        held_out = [self.run.all_songs.songs[number] for number in self.held_out]
+        songs = sorted(f"{song.latents} {song.conditions} {song.prompt}" for song in held_out)
+        what = ["1", self.run.record.model["fingerprint"], f"{settings.seconds:g}", str(settings.num_times), *songs]
+        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+
+    # how far a run came
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, in plain values."""
+        kept = {"best_loss": self.best_loss, "best_step": self.best_step, "num_worse": self.num_worse}
+        return {"hash": self.hash, **kept}
+
+    def summary(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        assert self.last is not None
+        last = {key: getattr(self.last, key) for key in ("num_songs", "loss", "base_loss", "difference", "train_loss")}
+        return {"hash": self.hash, "best_loss": self.best_loss, "best_step": self.best_step, **last}
+
+    def restore(self, state: Mapping[str, Any], first_step: int) -> None:
+        """Go on from a checkpoint of step ``first_step``."""
+        if self.accelerator.is_main_process:
+            drop_later_lines(self.run.output_dir / FILE, first_step)
+        if state.get("hash") == self.hash:
+            self.best_loss, self.best_step, self.num_worse = (
+                state[key] for key in ("best_loss", "best_step", "num_worse")
+            )
+        elif state:
+            log.info("validation is not what it was when the checkpoint was written; looking for the best loss anew")
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the loss has not improved for as long as ``validation.patience`` allows."""
+        patience = self.run.config.validation.patience
+        return patience is not None and self.num_worse >= patience
+
+    # measuring
+
+    def evaluate(self, transformer: nn.Module, step: int, mean: WeightMean | None = None) -> Evaluation:
+        """Measure the transformer with its adapter at the end of a step, and remember whether it is the best so far."""
+        ema_loss = None
+        if mean is not None:
+            with mean.in_place():
+                ema_loss = self._losses(transformer, self.held_out).mean().item()
+        losses, trained = self._losses(transformer, self.held_out), self._losses(transformer, self.trained)
+        difference = (losses - self._base).mean(dim=1)  # (N,)
+        num_songs = len(difference)
+        neutral = self._neutral_output(transformer)
+        change, size = (neutral - self._base_neutral).square().sum().sqrt(), self._base_neutral.square().sum().sqrt()
+        self.last = Evaluation(
+            step=step,
+            epoch=round(self.run.epoch_at(step), 4),
+            hash=self.hash,
+            num_songs=num_songs,
+            loss=losses.mean().item(),
+            base_loss=self._base.mean().item(),
+            difference=difference.mean().item(),
+            difference_error=difference.std().item() / math.sqrt(num_songs) if num_songs > 1 else 0.0,
+            times=self.times,
+            losses=losses.mean(dim=0).tolist(),
+            base_losses=self._base.mean(dim=0).tolist(),
+            train_loss=trained.mean().item(),
+            train_base_loss=self._train_base.mean().item(),
+            drift=(change / size).item(),
+            ema_loss=ema_loss,
+        )
+        if self.last.loss < self.best_loss:
+            self.best_loss, self.best_step, self.num_worse = self.last.loss, step, 0
+        else:
+            self.num_worse += 1
+        if self.accelerator.is_main_process:
+            drop_later_lines(self.run.output_dir / FILE, step - 1)  # a run that is finished again looks again
+            _append(self.run.output_dir / FILE, asdict(self.last))
+        error = f" +- {self.last.difference_error:.4f} over {num_songs} songs" if num_songs > 1 else ""
+        log.info(
+            "step %d: held-out loss %.4f, base model %.4f, difference %+.4f%s; training songs %.4f%s",
+            step,
+            self.last.loss,
+            self.last.base_loss,
+            self.last.difference,
+            error,
+            self.last.train_loss,
+            "; the best so far" if self.best_step == step else "",
+        )
+        return self.last
+
+    def conclude(self, transformer: nn.Module) -> None:
+        """Say which checkpoint and which strength look best; for the main process, when the adapter was taken off."""
+        assert self.last is not None
+        scales = {}
+        for scale in self.run.config.validation.scales:
+            applied = attach_saved(transformer, self.run.output_dir / "best", scale)
+            scales[scale] = self._losses(transformer, self.held_out, shared=False).mean().item()
+            applied.detach()
+        for line in verdict(self.last, self.best_step, self.best_loss, scales):
+            log.info("%s", line)
+        self.run.record.validation = self.summary() | {"scales": {f"{scale:g}": loss for scale, loss in scales.items()}}
+        self.run.record.write()
+
+    @torch.no_grad()
+    def _losses(self, transformer: nn.Module, songs: Sequence[int], *, shared: bool = True) -> Tensor:
+        """Loss of each song at each time, (N, K) float64; if shared, every process evaluates some of the songs."""
+        process, num_processes = (self.accelerator.process_index, self.accelerator.num_processes) if shared else (0, 1)
+        losses = torch.zeros(len(songs), len(self.times), dtype=torch.float64)
+        was_training = transformer.training
+        transformer.eval()
+        with self.accelerator.autocast():
+            for row in range(process, len(songs), num_processes):
+                losses[row] = self._song_losses(transformer, songs[row])
+        transformer.train(was_training)
+        if num_processes > 1:
+            losses = self.accelerator.reduce(losses.to(self.device), "sum").cpu()
+        return losses
+
+    def _excerpt(self, number: int) -> tuple[str, Example]:
+        """What tells a song from others, and the part of it that is evaluated."""
+        song = self.run.all_songs.songs[number]
+        name = content_id(song)
+        longest = PATCH_FRAMES * int(self.run.config.validation.seconds * FRAMES_PER_SECOND / PATCH_FRAMES)
+        length = min(longest, song.num_frames - song.num_frames % PATCH_FRAMES)
+        start = derive_seed(0, f"validation excerpt {name}") % (song.num_frames - length + 1)
+        return name, self.run.all_songs.excerpt(number, start, length)
+
+    def _song_losses(self, transformer: nn.Module, number: int) -> Tensor:
+        """Loss of one song at each time, (K,). A batch is one excerpt at several times, so nothing is padded."""
+        name, example = self._excerpt(number)
+        times = torch.tensor(self.times)
+        noise = torch.stack([_noise(name, k, example.latents.shape) for k in range(len(times))])  # (K, T, C)
+        context = context_latents(self.run.silence.to(self.device), len(example.latents))
+        predict = predict_velocity(transformer, context)
+        self.attention.set_padding(None, None)
+        losses = []
+        for rows in torch.arange(len(times)).split(self.run.memory.batch_size):
+            one = torch.ones(len(rows), 1, 1)
+            losses.append(
+                VelocityLoss().loss(
+                    predict,
+                    (one * example.latents).to(self.device),
+                    (one * example.condition.float()).to(self.device),
+                    self.run.null_condition.to(self.device),
+                    Noising(
+                        dropped=torch.zeros(len(rows), dtype=torch.bool, device=self.device),
+                        noise=noise[rows].to(self.device),
+                        t=times[rows].to(self.device),
+                    ),
+                )
+            )
+        return torch.cat(losses).double().cpu()
+
+    @torch.no_grad()
+    def _neutral_output(self, transformer: nn.Module) -> Tensor:
+        """Velocity (1, T, C) for the first held-out song halfway to noise, told nothing about it."""
+        name, example = self._excerpt(self.held_out[0])
+        latents = example.latents
+        noisy_latents = ((latents + _noise(name, 0, latents.shape)) / 2)[None].to(self.device)
+        predict = predict_velocity(transformer, context_latents(self.run.silence.to(self.device), len(latents)))
+        self.attention.set_padding(None, None)
+        was_training = transformer.training
+        transformer.eval()
+        with self.accelerator.autocast():
+            output = predict(
+                noisy_latents, torch.tensor([0.5], device=self.device), self.run.null_condition[None].to(self.device)
+            )
+        transformer.train(was_training)
+        return output.double().cpu()
+
+
+def _noise(song: str, time: int, shape: torch.Size) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(0, f"validation noise {song}", time))
+    return torch.randn(shape, generator=generator)
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run, oldest first; lines that a killed run left unreadable are passed over."""
+    path = folder / FILE
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def verdict(evaluation: Evaluation, best_step: int, best_loss: float, scales: Mapping[float, float]) -> list[str]:
+    """Say in words which checkpoint and which strength look best, and why.
+
+    Args:
+        evaluation: the last one of the run.
+        best_step: where the loss was lowest.
+        best_loss: what it was there.
+        scales: loss of the best adapter at each strength.
+    """
+    lines = []
+    if best_loss >= evaluation.base_loss:
+        lines.append(
+            f"no step predicts the held-out songs better than the base model "
+            f"({best_loss:.4f} at step {best_step}, base model {evaluation.base_loss:.4f}); "
+            f"train longer, or with another optim.lr"
+        )
+    else:
+        lines.append(f"best/ is step {best_step}: held-out loss {best_loss:.4f}, base model {evaluation.base_loss:.4f}")
+    if evaluation.loss > best_loss and evaluation.train_loss < evaluation.train_base_loss:
+        lines.append(
+            f"since then the held-out loss rose to {evaluation.loss:.4f} while that of training songs is "
+            f"{evaluation.train_loss:.4f} (base model {evaluation.train_base_loss:.4f}): the adapter is learning its "
+            f"songs by heart"
+        )
+    if scales:
+        scale, loss = min(scales.items(), key=lambda item: item[1])
+        tried = ", ".join(f"{s:g}: {value:.4f}" for s, value in scales.items())
+        lines.append(f"of the scales tried on best/, {scale:g} has the lowest held-out loss, {loss:.4f} ({tried})")
+    return lines

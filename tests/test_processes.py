@@ -1,0 +1,175 @@
+"""Several processes of one run, on the CPU with gloo: what they train, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sidestep.errors import UserError
+from sidestep.processes import join_processes
+from sidestep.training.loop import train
+from sidestep.training.signals import Interrupted
+from tests.factories import choices_of, train_config
+from tests.forked import Command, start_call
+
+ROOT = Path(__file__).resolve().parents[1]
+SONGS_PER_STEP = 4
+ONE_SONG = ["vram_profile.batch_size=1", "vram_profile.gradient_accumulation_steps=1"]
+
+
+@pytest.fixture
+def typed(checkpoint_dir: Path, dataset_dir: Path) -> tuple[str, ...]:
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
+    return (
+        *places,
+        "adapter.rank=2",
+        "max_epochs=null",
+        "optim.lr=1e-3",
+        "log_every_steps=5",
+        "save_every_epochs=null",
+    )
+
+
+def start_group(folder: Path, world_size: int, call: Callable[[], object]) -> list[Command]:
+    """Begin a function in several processes, with what torchrun would tell them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    folder.mkdir(exist_ok=True)
+    return [
+        start_call(folder, call, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {})
+        for rank in range(world_size)
+    ]
+
+
+def training(world_size: int, *typed: str) -> Callable[[], object]:
+    """A run into the folder run/, of four songs per step however many processes there are."""
+    typed = (*typed, f"vram_profile.gradient_accumulation_steps={SONGS_PER_STEP // world_size}")
+    config, choices = train_config(*typed), choices_of(*typed)
+
+    def call() -> None:
+        folder = Path("run")
+        folder.mkdir(exist_ok=True)
+        try:
+            train(config, folder, choices)
+        except UserError as error:
+            sys.exit(str(error))
+        except Interrupted as stop:
+            sys.exit(stop.exit_code)
+
+    return call
+
+
+def finish(group: list[Command], code: int = 0) -> None:
+    for process in group:
+        assert process.finish() == code, process.text
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "final").glob("*.safetensors")
+    return load_file(path)
+
+
+@pytest.mark.parametrize("world_size", [4, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, world_size):
+    """Twenty steps of LoRA, DoRA and LoKr, one after the other in the same processes."""
+
+    def all_three(processes: int) -> Callable[[], object]:
+        adapters = ("lora", "dora", "lokr")
+        calls = [(name, training(processes, *typed, f"adapter={name}", "max_steps=20")) for name in adapters]
+
+        def call() -> None:
+            for name, train_one in calls:
+                Path(name).mkdir(exist_ok=True)
+                os.chdir(name)
+                train_one()
+                os.chdir("..")
+
+        return call
+
+    for processes in (1, world_size):
+        group = start_group(tmp_path / str(processes), processes, all_three(processes))
+        finish(group)
+        assert group[0].text.count("saved run/checkpoints") == 3
+        assert not any("saved run/checkpoints" in other.text for other in group[1:])
+    for adapter in ("lora", "dora", "lokr"):
+        alone, together = (final_weights(tmp_path / str(n) / adapter / "run") for n in (1, world_size))
+        torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+def test_told_to_stop_all_processes_stop_at_one_step_and_another_number_of_them_goes_on(tmp_path, typed):
+    """Only the second of two processes gets the signal; one process then ends what two began."""
+    typed = (*typed, "adapter=lokr")
+    group = start_group(tmp_path / "parts", 2, training(2, *typed, "max_steps=2000"))
+    while "step 5 of" not in group[0].text:
+        assert group[0].process.is_alive(), group[0].text
+        time.sleep(0.02)
+    os.kill(group[1].process.pid, signal.SIGUSR2)
+    finish(group, 128 + signal.SIGUSR2)
+    run = tmp_path / "parts/run"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    step = json.loads((run / "run.json").read_text())["step"]
+    assert checkpoint.name == f"step_{step}"
+
+    for folder in ("parts", "whole"):
+        finish(start_group(tmp_path / folder, 1, training(1, *typed, f"max_steps={step + 10}")))
+    torch.testing.assert_close(final_weights(run), final_weights(tmp_path / "whole/run"), atol=1e-6, rtol=0)
+
+
+def test_processes_with_different_settings_stop_before_they_train(tmp_path, typed):
+    calls = [training(2, *typed, "max_steps=2", f"seed={seed}") for seed in (0, 1)]
+    group = start_group(tmp_path, 2, lambda: calls[int(os.environ["RANK"])]())
+    finish(group, 1)
+    for process in group:
+        assert "the processes of this run do not agree: seed is 0 in process 0 and 1 in process 1" in process.text
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_torchrun_starts_one_run_of_several_processes(tmp_path, typed):
+    """The launch path as it is typed; the processes are new ones, not copies of this."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "sidestep.train", *typed, *ONE_SONG, "model_variant=base", "max_steps=2", "device=cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "steps 1 to 2 of 2 songs each" in done.stderr
+    assert done.stderr.count("saved outputs") == 1
+
+
+def test_the_tasks_of_a_slurm_step_become_processes_of_one_run():
+    env = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_ADDR": "node1",
+    }  # fmt: skip
+    join_processes(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"]) == ("3", "4", "1", "2")
+    assert 20000 <= int(env["MASTER_PORT"]) <= 32000
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    env = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    join_processes(env)
+    assert "WORLD_SIZE" not in env
+
+
+def test_tasks_that_would_each_train_alone_are_refused():
+    env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1", "RANK": "0"}
+    with pytest.raises(UserError, match="srun started 4 tasks, but WORLD_SIZE=1"):
+        join_processes(env)

@@ -1,0 +1,89 @@
+"""Datasets made in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sidestep.acestep.toy import make_toy_songs
+from sidestep.data.encode import preprocess
+from sidestep.data.manifest import read_manifest
+from sidestep.errors import UserError
+from tests.factories import preprocess_config
+from tests.forked import start
+
+
+@pytest.fixture
+def songs(tmp_path: Path) -> Path:
+    make_toy_songs(tmp_path / "songs")
+    return tmp_path / "songs"
+
+
+def typed(songs: Path, dataset_dir: Path, checkpoint_dir: Path) -> list[str]:
+    return [f"audio_dir={songs}", f"dataset_dir={dataset_dir}", f"checkpoint_dir={checkpoint_dir}"]
+
+
+def test_parts_done_at_the_same_time_give_the_dataset_that_one_process_would(tmp_path, songs, checkpoint_dir):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    preprocess(preprocess_config(*typed(songs, whole, checkpoint_dir)))
+    common = [*typed(songs, parts, checkpoint_dir), "model_variant=base", "device=cpu"]
+    both = [start(tmp_path, "-m", *common, "num_shards=2", f"shard={n}", command="preprocess") for n in (0, 1)]
+    for process in both:
+        assert process.finish() == 0, process.text
+    assert sum("the dataset is put together\n" in process.text for process in both) == 1
+    assert read_manifest(parts) == read_manifest(whole)
+    for file in whole.rglob("*.safetensors"):
+        assert (parts / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_a_lost_part_is_run_again_and_what_it_had_done_is_kept(tmp_path, songs, checkpoint_dir):
+    common = typed(songs, tmp_path / "data", checkpoint_dir)
+    first = preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
+    assert "still to do: 1" in str(first)
+    with pytest.raises(UserError, match="is not a dataset"):
+        read_manifest(tmp_path / "data")
+    again = preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
+    assert (len(again.changed), len(again.unchanged)) == (0, 2)
+    second = preprocess(preprocess_config(*common, "num_shards=2", "shard=1"))
+    assert "all 2 shards are done" in str(second)
+    assert len(read_manifest(tmp_path / "data")[1]) == 4
+
+    (songs / "01-paper-boats.caption.txt").write_text("another caption")
+    changed = preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
+    assert "still to do: 1" in str(changed)  # which was done with the words of before
+
+
+def test_a_part_none_of_whose_songs_can_be_used_does_not_stop_the_others(tmp_path, songs, checkpoint_dir):
+    for name in ("02-night-train.flac", "04-low-tide.flac"):
+        (songs / name).write_text("this is not audio")
+    common = typed(songs, tmp_path / "data", checkpoint_dir)
+    bad = preprocess(preprocess_config(*common, "num_shards=2", "shard=1"))
+    assert len(bad.failed) == 2
+    preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
+    assert [song.audio for song in read_manifest(tmp_path / "data")[1]] == ["01-paper-boats.wav", "03-old-mill.wav"]
+
+
+def test_parts_made_with_other_settings_are_not_mixed(tmp_path, songs, checkpoint_dir):
+    common = typed(songs, tmp_path / "data", checkpoint_dir)
+    preprocess(preprocess_config(*common, "num_shards=2", "shard=0", "seed=1"))
+    with pytest.raises(UserError, match="shard=1 of 2 was made with other settings than the rest"):
+        preprocess(preprocess_config(*common, "num_shards=2", "shard=1"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["shard=2", "num_shards=2"], "shard=2 must be from 0 to 1"),
+        (["shard=0"], "shard and num_shards belong together"),
+        (["num_shards=0", "shard=0"], "num_shards=0 must be at least 1"),
+    ],
+)
+def test_parts_that_do_not_exist_are_refused(typed, answer):
+    with pytest.raises(UserError, match=answer):
+        preprocess_config("audio_dir=a", "dataset_dir=b", *typed)
+
+
+def test_more_parts_than_songs_are_refused(tmp_path, songs, checkpoint_dir):
+    with pytest.raises(UserError, match="num_shards=5 is more than the 4 songs"):
+        preprocess(preprocess_config(*typed(songs, tmp_path / "d", checkpoint_dir), "num_shards=5", "shard=0"))

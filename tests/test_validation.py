@@ -1,0 +1,268 @@
+"""Validation: numbers that can be compared, and a run that is not disturbed by them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.acestep.conditioning import context_latents
+from sidestep.adapters.files import attach_saved
+from sidestep.config.evaluation import ValidationConfig
+from sidestep.data.dataset import SongDataset
+from sidestep.data.holdout import content_id, hold_out
+from sidestep.data.manifest import SongRecord
+from sidestep.errors import UserError
+from sidestep.seeds import derive_seed
+from sidestep.training.flow import noisy_latents_and_velocity
+from sidestep.training.validation import read_evaluations
+from tests.factories import run_training, train_config
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = ("validation.songs=[song1.wav,song2.wav]", "validation.num_times=3", "validation.scales=[0.5,1]")
+
+
+@pytest.fixture
+def places(checkpoint_dir: Path, dataset_dir: Path) -> tuple[str, str]:
+    return f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}"
+
+
+def songs_named(*names: str) -> list[SongRecord]:
+    return [
+        SongRecord(audio=f"{n}.wav", latents=f"latents/{n}.safetensors", conditions="c", prompt="caption", num_frames=9)
+        for n in names
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+# the split
+
+
+def test_a_song_stays_on_its_side_when_songs_are_added():
+    songs = songs_named(*(f"song{i}" for i in range(400)))
+    config = ValidationConfig(fraction=0.2)
+    few, many = (
+        {chosen[number].audio for number in hold_out(chosen, config)[1]} for chosen in (songs[:50], songs[::-1])
+    )
+    assert few == many & {song.audio for song in songs[:50]}
+    assert 55 < len(many) < 105
+
+
+def test_the_same_sound_under_two_names_is_on_one_side():
+    songs = songs_named("a", "b", "c", "d")
+    songs[3].latents = songs[0].latents
+    _, held_out = hold_out(songs, ValidationConfig(songs=["a.wav"]))
+    assert held_out == [0, 3]
+
+
+def test_one_song_is_held_out_where_the_fraction_would_hold_out_none():
+    train_on, held_out = hold_out(songs_named("a", "b", "c"), ValidationConfig(fraction=0.001))
+    assert (len(train_on), len(held_out)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"songs": ["nope*"]}, "'nope\\*', which is no song of the dataset"),
+        ({"songs": ["*"]}, "hold out all 3 songs"),
+    ],
+)
+def test_a_split_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        hold_out(songs_named("a", "b", "c"), ValidationConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("validation.fraction=1.0",), "below 1"),
+        (("validation.fraction=0.1", "validation.songs=[a.wav]"), "leave validation.fraction=0.1 out"),
+        (("validation.patience=2",), "no effect without held-out songs"),
+        (("validation.num_times=0", "validation.fraction=0.1"), "at least 1"),
+        (("validation.secnds=3",), "did you mean validation.seconds"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(typed, message):
+    with pytest.raises(UserError, match=message):
+        train_config(*typed)
+
+
+# the numbers
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, checkpoint_dir, dataset_dir) -> Path:
+    """A run of three epochs on two songs, with two held out, evaluated after every epoch."""
+    folder = tmp_path_factory.mktemp("validation") / "run"
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
+    loss = run_training(
+        folder, *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=1", "max_epochs=3",
+        "save_every_epochs=1", "vram_profile.batch_size=2",
+    )  # fmt: skip
+    (folder / "returned.txt").write_text(repr(loss))
+    return folder
+
+
+def test_the_loss_is_what_the_saved_adapter_gives_by_hand(run, checkpoint_dir, dataset_dir):
+    """Each held-out song alone, at each time, with the noise that its content decides."""
+    checkpoint = find_checkpoint(checkpoint_dir, train_config().model_variant)
+    silence = checkpoint.silence()
+    dataset = SongDataset(dataset_dir, max_seconds=30, seed=0)
+
+    def by_hand(transformer) -> list[float]:
+        transformer.eval()
+        sums = [0.0, 0.0, 0.0]
+        for number in (1, 2):
+            name = content_id(dataset.songs[number])
+            length = dataset.songs[number].num_frames // 2 * 2  # the songs are shorter than an excerpt may be
+            start = derive_seed(0, f"validation excerpt {name}") % (dataset.songs[number].num_frames - length + 1)
+            example = dataset.excerpt(number, start, length)
+            context = context_latents(silence, length)[None]
+            for k, time in enumerate((1 / 6, 1 / 2, 5 / 6)):
+                draw = torch.Generator().manual_seed(derive_seed(0, f"validation noise {name}", k))
+                noise = torch.randn(example.latents.shape, generator=draw)[None]
+                t = torch.tensor([time])
+                noisy, velocity = noisy_latents_and_velocity(example.latents[None], noise, t)
+                with torch.no_grad():
+                    given = transformer(noisy, t, t, example.condition[None], context, return_dict=False)[0]
+                sums[k] += (given - velocity).square().mean().item() / 2
+        return sums
+
+    last = read_evaluations(run)[-1]
+    transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
+    assert last["base_losses"] == pytest.approx(by_hand(transformer), rel=1e-4)
+    attach_saved(transformer, run / "final")
+    assert last["losses"] == pytest.approx(by_hand(transformer), rel=1e-4)
+    assert last["loss"] == pytest.approx(sum(last["losses"]) / 3)
+    assert last["difference"] == pytest.approx(last["loss"] - last["base_loss"])
+
+
+def test_a_run_evaluates_every_epoch_and_keeps_its_best_adapter(run):
+    rows = read_evaluations(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    best = min(rows, key=lambda row: row["loss"])
+    record = json.loads((run / "run.json").read_text())["validation"]
+    assert record["best_loss"] == best["loss"] == float((run / "returned.txt").read_text())
+    assert record["best_step"] == best["step"]
+    assert record["hash"] == best["hash"]
+    assert list(record["scales"]) == ["0.5", "1"]
+    assert record["scales"]["1"] == pytest.approx(best["loss"], rel=1e-5)
+    kept = run / f"checkpoints/epoch_{best['step']}"
+    torch.testing.assert_close(weights(run / "best"), weights(kept), rtol=0, atol=0)
+    assert all(row["drift"] > 0 for row in rows)
+    events = EventAccumulator(str(run / "runs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("validation/loss")] == [1, 2, 3]
+    assert "validation_by_time/0.500" in events.Tags()["scalars"]
+
+
+def test_evaluating_more_often_changes_no_weight(run, tmp_path, places):
+    run_training(
+        tmp_path / "rarely", *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=50", "max_epochs=3",
+        "save_every_epochs=1", "vram_profile.batch_size=2",
+    )  # fmt: skip
+    assert [row["step"] for row in read_evaluations(tmp_path / "rarely")] == [3]
+    torch.testing.assert_close(weights(tmp_path / "rarely/final"), weights(run / "final"), rtol=0, atol=0)
+
+
+def test_other_seeds_and_batches_see_the_same_songs_and_another_grid_does_not(run, tmp_path, places):
+    first = read_evaluations(run)[0]
+    run_training(tmp_path / "a", *places, *HELD_OUT, "seed=9", "vram_profile.batch_size=1", "max_epochs=1")
+    other = read_evaluations(tmp_path / "a")[0]
+    assert other["hash"] == first["hash"]
+    assert other["base_loss"] == pytest.approx(first["base_loss"], rel=1e-6)
+    assert other["loss"] != first["loss"]
+    run_training(tmp_path / "b", *places, *HELD_OUT, "validation.num_times=2", "max_epochs=1")
+    assert read_evaluations(tmp_path / "b")[0]["hash"] != first["hash"]
+
+
+def test_a_run_that_goes_on_remembers_its_best(run, tmp_path, places):
+    settings = (
+        *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=1", "save_every_epochs=1",
+        "vram_profile.batch_size=2",
+    )  # fmt: skip
+    run_training(tmp_path / "run", *settings, "max_epochs=2")
+    loss = run_training(tmp_path / "run", *settings, "max_epochs=3")
+    assert read_evaluations(tmp_path / "run") == read_evaluations(run)
+    assert loss == float((run / "returned.txt").read_text())
+    assert run_training(tmp_path / "run", *settings, "max_epochs=3") == loss
+
+
+def test_a_run_without_improvement_ends_early_and_stays_ended(tmp_path, places, caplog):
+    settings = (
+        *places, *HELD_OUT, "optim.lr=0.5", "validation.every_epochs=1", "max_epochs=50", "save_every_epochs=null",
+    )  # fmt: skip
+    loss = run_training(tmp_path / "run", *settings, "validation.patience=1")
+    rows = read_evaluations(tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["step"] == rows[-1]["step"] == rows[-2]["step"] + 2 < 100
+    assert min(rows, key=lambda row: row["loss"]) == rows[-2]
+    assert loss == rows[-2]["loss"]
+    caplog.clear()
+    assert run_training(tmp_path / "run", *settings, "validation.patience=1") == loss
+    assert "raise validation.patience to train on" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, dataset_dir):
+    settings = [
+        "name=ddp", "model_variant=base", "device=cpu", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.01",
+        f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *HELD_OUT, "validation.every_epochs=1",
+        "max_epochs=1", "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "schedule.warmup_steps=2",
+        "vram_profile.gradient_checkpointing=none", "vram_profile.gradient_accumulation_steps=1",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sidestep.train"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *settings],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("outputs/ddp/*")
+    (row,) = read_evaluations(folder)
+    assert row["base_loss"] == pytest.approx(read_evaluations(run)[0]["base_loss"], rel=1e-6)
+    assert row["hash"] == read_evaluations(run)[0]["hash"]
+
+
+def test_without_held_out_songs_nothing_is_evaluated(tmp_path, places):
+    run_training(tmp_path / "run", *places, "max_epochs=null", "max_steps=1")
+    assert not (tmp_path / "run/validation.jsonl").exists()
+    assert not (tmp_path / "run/best").exists()
+
+
+def test_the_mean_of_the_weights_is_kept_evaluated_and_saved_without_touching_training(run, tmp_path, places):
+    """Over a stop in the middle, against the mean of the checkpoints' weights taken by hand."""
+    settings = (
+        *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=3", "save_every_epochs=1",
+        "vram_profile.batch_size=2", "ema_decay=0.2",
+    )  # fmt: skip
+    run_training(tmp_path / "run", *settings, "max_epochs=2")
+    run_training(tmp_path / "run", *settings, "max_epochs=3")
+    torch.testing.assert_close(weights(tmp_path / "run/final"), weights(run / "final"), rtol=0, atol=0)
+
+    states = [torch.load(run / f"checkpoints/epoch_{n}/training_state.pt", weights_only=True) for n in (1, 2, 3)]
+    kept = torch.load(tmp_path / "run/checkpoints/epoch_3/training_state.pt", weights_only=True)["ema"]
+    key = next(key for key in kept if key.endswith("lora_B.weight"))
+    first, second, third = (state["adapter"][key] for state in states)
+    before = torch.load(tmp_path / "run/checkpoints/epoch_1/training_state.pt", weights_only=True)["ema"][key]
+    assert not torch.equal(before, first)
+    expected = 0.2 * (0.2 * before + 0.8 * second) + 0.8 * third
+    torch.testing.assert_close(kept[key], expected)
+    assert not torch.equal(weights(tmp_path / "run/final_ema")[f"base_model.model.{key}"], third)
+    assert read_evaluations(tmp_path / "run")[-1]["ema_loss"] != read_evaluations(tmp_path / "run")[-1]["loss"]
