@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sidestep.config.naming  # noqa: F401 - the resolver that conf/ uses
 from sidestep.config import settings
+from sidestep.config.data import SongsConfig
 from sidestep.config.gate import VERSION_BASE, conf_dir
 from sidestep.config.help import field_docs
 
@@ -23,6 +24,8 @@ COMMANDS = {
     "generate": settings.GenerateConfig,
     "export": settings.ExportConfig,
     "inspect": settings.InspectConfig,
+    "songs": SongsConfig,
+    "analyze": settings.AnalyzeConfig,
     "report": settings.ReportConfig,
 }
 
