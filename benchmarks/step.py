@@ -34,12 +34,14 @@ import torch
 from diffusers import AceStepTransformer1DModel
 from lycoris.modules.lokr import LokrModule
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.adapters import AdapterConfig
 from sidestep.adapters.base import resolve_targets
 from sidestep.adapters.lokr import LokrConfig
 from sidestep.adapters.lora import LoraConfig
+from sidestep.training.loop import compile_blocks
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONDITION_TOKENS = 769  # a long caption and lyrics
@@ -114,11 +116,23 @@ VARIANTS: dict[str, tuple[Callable[[AceStepTransformer1DModel], None], bool]] = 
 """How each is prepared, and whether it recomputes every layer."""
 
 
+def compiled(config: AdapterConfig) -> Callable[[AceStepTransformer1DModel], None]:
+    def prepare(transformer: AceStepTransformer1DModel) -> None:
+        windowed(config)(transformer)
+        compile_blocks(transformer, transformer.device)
+
+    return prepare
+
+
+ON_CUDA = {"LoRA, compiled": (compiled(LORA), False), "LoKr, compiled": (compiled(LOKR), False)}
+"""Further variants for a CUDA device."""
+
+
 class MicroStep:
     """One variant of a case, to be run again and again."""
 
     def __init__(self, case: Case, variant: str, weights: dict[str, Tensor], device: torch.device) -> None:
-        prepare, checkpointed = VARIANTS[variant]
+        prepare, checkpointed = (VARIANTS | ON_CUDA)[variant]
         with torch.device("meta"):
             self.transformer = AceStepTransformer1DModel(**case.sizes)
         self.transformer.load_state_dict(weights, assign=True)
@@ -160,6 +174,12 @@ class MicroStep:
             torch.cuda.synchronize()
         return clock() - start
 
+    def flops(self) -> int:
+        """Count the operations of a step; of a variant that recomputes nothing, all of them are useful."""
+        with FlopCounterMode(display=False) as counter:
+            self()
+        return counter.get_total_flops()
+
     def kept_mib(self) -> float:
         """Count what one forward pass keeps for the backward pass, besides the weights, in MiB."""
         kept: dict[int, int] = {}
@@ -184,13 +204,28 @@ class MicroStep:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+def matmul_rate(device: torch.device, dtype: str) -> float:
+    """Measure how many operations per second a large matrix product makes."""
+    size, repeats = 8192, 20
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
 def measure(case: Case, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
     """Give one row for each variant of a case."""
     torch.manual_seed(0)
     with device:
         weights = AceStepTransformer1DModel(**case.sizes).state_dict()
     weights = {name: tensor.to(getattr(torch, case.dtype)) for name, tensor in weights.items()}
-    steps = {variant: MicroStep(case, variant, weights, device) for variant in VARIANTS}
+    variants = VARIANTS | ON_CUDA if device.type == "cuda" else VARIANTS
+    steps = {variant: MicroStep(case, variant, weights, device) for variant in variants}
     memory = {variant: (step.kept_mib(), step.peak_mib()) for variant, step in steps.items()}  # also warms up
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}
     order = random.Random(0)  # what runs before a step leaves caches and memory to it
@@ -198,10 +233,13 @@ def measure(case: Case, device: torch.device, repeats: int) -> Iterator[dict[str
         for variant in order.sample(list(steps), len(steps)):
             seconds[variant].append(steps[variant]())
     floor = statistics.median(seconds["floor"])
+    rate = matmul_rate(device, case.dtype) if device.type == "cuda" else None
+    useful = {family: steps[family].flops() for family in ("LoRA", "LoKr")} if rate is not None else {}
     for variant, times in seconds.items():
         median = statistics.median(times)
         ratio = statistics.median(time / base for time, base in zip(times, seconds["floor"], strict=True))
         kept, peak = memory[variant]
+        family = variant.partition(",")[0]
         yield {
             "variant": variant,
             "seconds": round(median, 5),
@@ -209,17 +247,21 @@ def measure(case: Case, device: torch.device, repeats: int) -> Iterator[dict[str
             "spread": round((max(times) - min(times)) / floor, 3),
             "kept_mib": round(kept, 1),
             "peak_mib": None if peak is None else round(peak, 1),
+            "of_matmul_rate": round(useful[family] / median / rate, 3) if rate and family in useful else None,
         }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Write rows as a Markdown table."""
-    lines = ["| variant | time / floor | spread | kept for backward, MiB | peak, MiB |", "|---|---|---|---|---|"]
+    lines = [
+        "| variant | time / floor | spread | kept for backward, MiB | peak, MiB | of the matmul rate |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(
-            f"| {row['variant']} | {row['to_floor']:.2f} | {row['spread']:.2f} | {row['kept_mib']:.0f} | {peak} |"
-        )
+        rate = "" if row["of_matmul_rate"] is None else f"{row['of_matmul_rate']:.0%}"
+        cells = (row["variant"], f"{row['to_floor']:.2f}", f"{row['spread']:.2f}", f"{row['kept_mib']:.0f}", peak, rate)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
