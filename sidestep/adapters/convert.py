@@ -99,7 +99,7 @@ def svd_of(saved: SavedAdapter, path: str, weight: Tensor, scale: float) -> Svd:
 
 def _svd(matrix: Tensor) -> Svd:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vh
+    return u.contiguous(), s, vh.contiguous()  # torch.kron needs them so
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> Svd:
