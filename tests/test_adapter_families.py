@@ -27,7 +27,16 @@ from sidestep.errors import UserError
 from sidestep.training.final import verify_saved
 from tests.factories import run_training, train_config
 from tests.golden import golden_transformer
-from tests.test_adapters import EVERY_FAMILY, FAMILIES, decoder_with_original_names, output, rewrite, train, trained
+from tests.test_adapters import (
+    EVERY_FAMILY,
+    FAMILIES,
+    decoder_with_original_names,
+    output,
+    rewrite,
+    snapshot,
+    train,
+    trained,
+)
 
 MIXED = {"rank_pattern": {"q_proj": 2, "layers.1.cross_attn.k_proj": 3}, "alpha_pattern": {"v_proj": 16}}
 
@@ -525,13 +534,19 @@ def test_too_little_memory_for_a_change_is_not_taken_for_a_damaged_file(tmp_path
 
 def test_a_run_with_too_little_memory_to_play_what_it_saved_ends_all_the_same(tmp_path, monkeypatch, caplog):
     transformer = golden_transformer()
+    snapshot_of_bare = snapshot(transformer)
     adapter = EVERY_FAMILY["lora"].attach(transformer)
     train(transformer, adapter)
     adapter.save(tmp_path, {})
-    monkeypatch.setattr(LoraConfig, "change", no_memory)
+    trained_weights = adapter.state_dict()
+    change = LoraConfig.change
+    monkeypatch.setattr(LoraConfig, "change", lambda *a: change(*a) if a[2].is_meta else no_memory())
     example = SimpleNamespace(latents=torch.zeros(20, 64), condition=torch.zeros(3, 64))
     verify_saved(tmp_path, adapter, transformer, example, torch.zeros(50, 64))
     assert "too little memory left to play the saved adapter; its tensors are those that were trained" in caplog.text
+    assert snapshot(transformer) == snapshot_of_bare
+    adapter = EVERY_FAMILY["lora"].attach(transformer)
+    adapter.load_state_dict(trained_weights)
     rewrite(tmp_path / "adapter_model.safetensors", lambda tensors: next(iter(tensors.values())).mul_(2))
     with pytest.raises(UserError, match="does not hold what was trained"):
         verify_saved(tmp_path, adapter, transformer, example, torch.zeros(50, 64))

@@ -93,9 +93,9 @@ class AddedChange(nn.Module):
         return output + nn.functional.linear(x, change)
 
 
-def attach_saved(transformer: nn.Module, path: Path, scale: float = 1.0) -> AppliedAdapters:
+def attach_saved(transformer: nn.Module, path: Path, scale: float = 1.0, *, keep: bool = True) -> AppliedAdapters:
     """Put one saved adapter on a transformer; see :func:`apply_adapters`."""
-    return apply_adapters(transformer, [(path, scale)])
+    return apply_adapters(transformer, [(path, scale)], keep=keep)
 
 
 def apply_adapters(

@@ -42,12 +42,16 @@ def verify_saved(folder: Path, adapter: Adapter, transformer: nn.Module, example
     transformer.eval()
     latents, condition = example.latents[:PROBE_FRAMES], example.condition.float()
     try:
-        trained = probe(transformer, latents, condition, silence)
-        adapter.detach()
+        try:
+            trained = probe(transformer, latents, condition, silence)
+        finally:
+            adapter.detach()
         base = probe(transformer, latents, condition, silence)
         applied = apply_adapters(transformer, [(saved, 1.0)], keep=False)
-        reloaded = probe(transformer, latents, condition, silence)
-        applied.detach()
+        try:
+            reloaded = probe(transformer, latents, condition, silence)
+        finally:
+            applied.detach()
     except torch.OutOfMemoryError:
         log.warning(
             "there is too little memory left to play the saved adapter; its tensors are those that were trained"
