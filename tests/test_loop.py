@@ -108,9 +108,9 @@ def test_a_finished_run_frees_its_model_and_before_it_is_checked_its_optimizer(
     build, save, finish = AdamWConfig.build, Run.save_checkpoint, Run.finish
 
     def count(stage):
-        def counted(*arguments):
+        def counted(*arguments, **options):
             held.append(len(built[0].state))
-            return stage(*arguments)
+            return stage(*arguments, **options)
 
         return counted
 
