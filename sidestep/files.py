@@ -141,6 +141,13 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def keep_others(old: Path, new: Path) -> None:
+    """Copy what lies in a folder under names that the folder to replace it has not."""
+    for path in old.iterdir() if old.is_dir() else ():
+        if not (new / path.name).exists():
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, new / path.name)
+
+
 @contextmanager
 def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs; a process that died does not block the next.

@@ -1,8 +1,11 @@
 """Families as their real players load them, other trainers' files, strengths, and runs that start from an adapter."""
 
+import dataclasses
 import json
 import logging
 import re
+import weakref
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,16 +17,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sidestep.acestep.keymap import to_diffusers, to_original
-from sidestep.adapters.base import Attention
+from sidestep.adapters.base import Attention, SavedAdapter
 from sidestep.adapters.files import apply_adapters, attach_saved, read_adapter
 from sidestep.adapters.loha import LohaConfig
 from sidestep.adapters.lokr import LokrConfig
 from sidestep.adapters.lora import DoraConfig, LoraConfig
 from sidestep.adapters.oft import OftConfig
 from sidestep.errors import UserError
+from sidestep.training.final import verify_saved
 from tests.factories import run_training, train_config
 from tests.golden import golden_transformer
-from tests.test_adapters import EVERY_FAMILY, FAMILIES, decoder_with_original_names, output, rewrite, train, trained
+from tests.test_adapters import (
+    EVERY_FAMILY,
+    FAMILIES,
+    decoder_with_original_names,
+    output,
+    rewrite,
+    snapshot,
+    train,
+    trained,
+)
 
 MIXED = {"rank_pattern": {"q_proj": 2, "layers.1.cross_attn.k_proj": 3}, "alpha_pattern": {"v_proj": 16}}
 
@@ -332,6 +345,39 @@ def test_an_oft_folder_of_peft_gives_the_output_it_was_trained_to(settings, tmp_
     assert (expected - base).abs().max() > 0.01
 
 
+def write_whole_lycoris(folder, algorithm, settings, trains=""):
+    """Write an adapter for every layer, as the peers' trainers make it; give its output.
+
+    Args:
+        folder: where to write.
+        algorithm: lokr or loha.
+        settings: of LyCORIS.
+        trains: pattern of the names of layers that were trained; the others are as they began.
+    """
+    torch.manual_seed(0)
+    LycorisNetwork.apply_preset({"exclude_name": [], "lora_prefix": "lycoris"})
+    transformer = golden_transformer()
+    settings = {"linear_dim": 1, "linear_alpha": 2, **settings}
+    network = create_lycoris(transformer, algo=algorithm, **settings)
+    network.apply_to()
+    assert len(network.loras) == 52
+    for layer in network.loras:
+        for name, parameter in layer.named_parameters() if re.search(trains, layer.lora_name) else ():
+            if name == "dora_scale":
+                parameter.data.mul_(1.5)
+            else:
+                nn.init.normal_(parameter, std=0.2)
+    expected = output(transformer).detach()
+    tensors = {
+        re.sub(r"_to_([qkv])\.", r"_\1_proj.", key.replace("_to_out_0.", "_o_proj.")).replace("_in_conv.", "_in_1."): v
+        for key, v in network.state_dict().items()
+    }
+    assert any("dora_scale" in key for key in tensors) == ("dora_wd" in settings)
+    header = {"lokr_config": json.dumps(settings)} if algorithm == "lokr" else {}  # Side-Step writes no loha_config
+    save_file(tensors, folder / f"{algorithm}_weights.safetensors", {"algo": algorithm, **header})
+    return expected
+
+
 @pytest.mark.parametrize(
     ("algorithm", "settings"),
     [
@@ -343,28 +389,7 @@ def test_an_oft_folder_of_peft_gives_the_output_it_was_trained_to(settings, tmp_
     ids=["lokr-lengths", "lokr-full-matrix", "lokr-unbalanced", "loha"],
 )
 def test_a_lycoris_file_for_every_layer_gives_the_output_it_was_trained_to(algorithm, settings, tmp_path):
-    torch.manual_seed(0)
-    LycorisNetwork.apply_preset({"exclude_name": [], "lora_prefix": "lycoris"})
-    transformer = golden_transformer()
-    base = output(transformer).detach()
-    network = create_lycoris(transformer, linear_dim=1, linear_alpha=2, algo=algorithm, **settings)
-    network.apply_to()
-    for name, parameter in network.named_parameters():
-        if "dora_scale" in name:
-            parameter.data.mul_(1.5)
-        else:
-            nn.init.normal_(parameter, std=0.2)
-    expected = output(transformer).detach()
-    tensors = {
-        re.sub(r"_to_([qkv])\.", r"_\1_proj.", key.replace("_to_out_0.", "_o_proj.")).replace("_in_conv.", "_in_1."): v
-        for key, v in network.state_dict().items()
-    }
-    assert any("dora_scale" in key for key in tensors) == ("dora_wd" in settings)
-    # Side-Step writes no loha_config
-    header = (
-        {"lokr_config": json.dumps({"linear_dim": 1, "linear_alpha": 2, **settings})} if algorithm == "lokr" else {}
-    )
-    save_file(tensors, tmp_path / f"{algorithm}_weights.safetensors", {"algo": algorithm, **header})
+    base, expected = output(golden_transformer()).detach(), write_whole_lycoris(tmp_path, algorithm, settings)
     fresh = golden_transformer()
     adapter = attach_saved(fresh, tmp_path)
     torch.testing.assert_close(output(fresh).detach(), expected, rtol=0, atol=1e-5)
@@ -424,6 +449,109 @@ def test_an_adapter_that_starts_from_a_saved_one_gives_its_output(name, tmp_path
     assert not torch.equal(output(transformer), expected)
 
 
+@pytest.mark.parametrize("lengths", [{}, {"dora_wd": True}], ids=["plain", "lengths"])
+def test_a_run_starts_from_ace_steps_lokr_which_holds_every_layer_and_trained_only_some(tmp_path, caplog, lengths):
+    expected = write_whole_lycoris(
+        tmp_path, "lokr", {"linear_dim": 64, "factor": -1, **lengths}, trains=r"attn_to_(q|k|v|out_0)$"
+    )
+    transformer = golden_transformer()
+    config = LokrConfig(factor=-1, weight_decompose=bool(lengths))
+    config.attach(transformer).start_from(read_adapter(tmp_path))
+    torch.testing.assert_close(output(transformer).detach(), expected, rtol=0, atol=1e-5)
+    assert (expected - output(golden_transformer())).abs().max() > 0.01
+    assert caplog.text == ""
+
+
+def test_a_run_starts_from_side_steps_lokr_without_the_layers_outside_of_the_blocks_and_names_them(tmp_path, caplog):
+    write_whole_lycoris(tmp_path, "lokr", {"linear_dim": 64, "factor": -1})
+    saved = read_adapter(tmp_path)
+    with pytest.raises(UserError, match=re.escape(
+        "type adapter.target_modules=[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj]"
+    )):  # fmt: skip
+        LokrConfig(factor=-1).attach(golden_transformer()).start_from(saved)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    transformer = golden_transformer()
+    LokrConfig(factor=-1, target_modules=targets).attach(transformer).start_from(saved)
+    assert re.search(r"also changes condition_embedder, proj_in\.1, .* which lie outside of the blocks", caplog.text)
+    inside = {path: leaves for path, leaves in saved.modules.items() if path.startswith("layers.")}
+    played = golden_transformer()
+    apply_adapters(played, [(dataclasses.replace(saved, modules=inside), 1.0)])
+    torch.testing.assert_close(output(transformer), output(played), rtol=0, atol=1e-5)
+
+
+def test_each_layer_of_a_loha_has_its_own_alpha(tmp_path):
+    trained(LohaConfig(rank=2, alpha=4), tmp_path)
+    path, key = tmp_path / "loha_weights.safetensors", "lycoris_layers_1_cross_attn_k_proj.alpha"
+    before = read_adapter(path).change("layers.1.cross_attn.k_proj", torch.zeros(32, 64))
+    rewrite(path, lambda tensors: tensors.update({key: torch.tensor(1.0)}))
+    after = read_adapter(path)
+    torch.testing.assert_close(after.change("layers.1.cross_attn.k_proj", torch.zeros(32, 64)), before / 4)
+    assert after.scales["layers.0.cross_attn.k_proj"] == 2
+
+
+# memory
+
+
+def test_applying_adapters_holds_no_more_than_one_change_in_float32_at_a_time(tmp_path, monkeypatch):
+    trained(EVERY_FAMILY["lora"], tmp_path)
+    made, alive, change = [], [], SavedAdapter.change
+
+    def counted(self, path, weight, scale=1.0):
+        alive.append(sum(reference() is not None for reference in made))
+        result = change(self, path, weight, scale)
+        if not result.is_meta:
+            made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(SavedAdapter, "change", counted)
+    transformer = golden_transformer().to(torch.bfloat16)
+    applied = apply_adapters(transformer, [(tmp_path, 1.0)])
+    assert len(made) == 32
+    assert max(alive) == 0
+    assert {buffer.dtype for layer in applied.layers for buffer in layer.applied.buffers()} == {torch.bfloat16}
+
+
+@FAMILIES
+def test_changes_that_are_not_kept_are_those_that_are(config, tmp_path):
+    expected = trained(config, tmp_path)
+    transformer = golden_transformer()
+    applied = apply_adapters(transformer, [(tmp_path, 1.0)], keep=False)
+    assert not [buffer for layer in applied.layers for buffer in layer.applied.buffers()]
+    with torch.no_grad():
+        torch.testing.assert_close(output(transformer), expected, rtol=0, atol=1e-5)
+
+
+def no_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 MiB")
+
+
+def test_too_little_memory_for_a_change_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    trained(EVERY_FAMILY["lora"], tmp_path)
+    monkeypatch.setattr(LoraConfig, "change", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach_saved(golden_transformer(), tmp_path)
+
+
+def test_a_run_with_too_little_memory_to_play_what_it_saved_ends_all_the_same(tmp_path, monkeypatch, caplog):
+    transformer = golden_transformer()
+    snapshot_of_bare = snapshot(transformer)
+    adapter = EVERY_FAMILY["lora"].attach(transformer)
+    train(transformer, adapter)
+    adapter.save(tmp_path, {})
+    trained_weights = adapter.state_dict()
+    change = LoraConfig.change
+    monkeypatch.setattr(LoraConfig, "change", lambda *a: change(*a) if a[2].is_meta else no_memory())
+    example = SimpleNamespace(latents=torch.zeros(20, 64), condition=torch.zeros(3, 64))
+    verify_saved(tmp_path, adapter, transformer, example, torch.zeros(50, 64))
+    assert "too little memory left to play the saved adapter; its tensors are those that were trained" in caplog.text
+    assert snapshot(transformer) == snapshot_of_bare
+    adapter = EVERY_FAMILY["lora"].attach(transformer)
+    adapter.load_state_dict(trained_weights)
+    rewrite(tmp_path / "adapter_model.safetensors", lambda tensors: next(iter(tensors.values())).mul_(2))
+    with pytest.raises(UserError, match="does not hold what was trained"):
+        verify_saved(tmp_path, adapter, transformer, example, torch.zeros(50, 64))
+
+
 def test_more_modules_than_the_saved_ones_may_be_trained(tmp_path):
     expected = trained(LoraConfig(rank=4, target_modules=["q_proj"]), tmp_path)
     transformer = golden_transformer()
@@ -441,12 +569,13 @@ def test_more_modules_than_the_saved_ones_may_be_trained(tmp_path):
         (LokrConfig(rank=3, factor=4, weight_decompose=True), LokrConfig(rank=3),
          "type adapter.factor=4 adapter.weight_decompose=true"),
         (OftConfig(block_size=16), OftConfig(block_size=32), "type adapter.block_size=16"),
+        (OftConfig(block_size=16, neumann_terms=5), OftConfig(block_size=16), "type adapter.neumann_terms=5"),
         (LoraConfig(rank=4), LoraConfig(rank=4, target_modules=["v_proj"], attention=Attention.self),
          "type adapter.target_modules=[k_proj,o_proj,q_proj,v_proj] adapter.attention=both"),
     ],
 )  # fmt: skip
 def test_a_start_that_does_not_fit_the_run_says_what_to_type(saved, wanted, message, tmp_path):
-    saved.attach(golden_transformer()).save(tmp_path, {})
+    trained(saved, tmp_path)
     adapter = wanted.attach(golden_transformer())
     with pytest.raises(UserError, match=re.escape(message)):
         adapter.start_from(read_adapter(tmp_path))

@@ -470,6 +470,14 @@ def test_a_lora_without_its_config_is_refused(lora_folder):
         ({"bias": "lora_only"}, "uses bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights as well"),
         ({"lora_alpha": None}, "needs a number for lora_alpha, and has None"),
+        ({"init_lora_weights": "lora_ga"}, "changes the base model's weights as well"),
+        ({"layer_replication": [[0, 1]]}, "uses layer_replication"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"does not name layers\.0\.\w+_attn\.k_proj in target_modules, so other players",
+        ),
+        ({"target_modules": r".*\.q_proj"}, r"does not name layers\.0\.\w+_attn\.k_proj in target_modules"),
+        ({"target_modules": 5}, "target_modules 5, which must be a list of names or a pattern"),
     ],
 )
 def test_a_lora_that_would_load_with_another_effect_is_refused(lora_folder, change, message):
@@ -514,6 +522,8 @@ def test_a_file_with_nan_is_refused_by_the_tensors_name(lora_folder):
     [
         ("layers.0.self_attn.q_proj", "layers.9.self_attn.q_proj", "layers.9.self_attn.q_proj, which fits nothing"),
         ("layers.0.self_attn.q_proj", "layers.0.self_attn_norm", "layers.0.self_attn_norm, which fits nothing"),
+        ("layers.0.self_attn.q_proj", "layers.0.self_attn.q_norm", "layers.0.self_attn.q_norm, which fits nothing"),
+        ("model.layers.0.", "model.decoder.layers.0.", "has decoder.layers.0."),
         ("base_model.model.layers.0.", "layers.0.", "not a LoRA key"),
         (".lora_A.weight", ".lora_A.default.weight", "not a LoRA key"),
     ],
@@ -525,6 +535,91 @@ def test_a_key_that_would_load_as_nothing_is_refused(lora_folder, old, new, mess
 
     rewrite(lora_folder / "adapter_model.safetensors", rename)
     with pytest.raises(UserError, match=re.escape(message)):
+        attach_saved(golden_transformer(), lora_folder)
+
+
+LORA_KEY = "base_model.model.layers.0.self_attn.q_proj."
+LYCORIS_KEY = "lycoris_layers_0_self_attn_q_proj."
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "tensor"),
+    [
+        ("lora", LORA_KEY + "lora_A.weight", torch.tensor(1.0)),
+        ("lora", LORA_KEY + "lora_B.weight", torch.tensor(1.0)),
+        ("lora", LORA_KEY + "lora_A.weight", torch.ones(64)),
+        ("lora", LORA_KEY + "lora_A.weight", torch.ones(0, 64)),
+        ("dora", LORA_KEY + "lora_magnitude_vector", torch.tensor(1.0)),
+        ("dora", LORA_KEY + "lora_magnitude_vector", torch.ones(64, 1)),
+        ("lokr", LYCORIS_KEY + "lokr_w1", torch.tensor(1.0)),
+        ("lokr", LYCORIS_KEY + "lokr_w2_a", torch.ones(48)),
+        ("lokr", LYCORIS_KEY + "lokr_w2_b", torch.tensor(1.0)),
+        ("loha", LYCORIS_KEY + "alpha", torch.ones(3)),
+        ("loha", LYCORIS_KEY + "hada_w1_b", torch.tensor(1.0)),
+        ("oft", LORA_KEY + "oft_R.weight", torch.tensor(1.0)),
+        ("oft", LORA_KEY + "oft_R.weight", torch.ones(480)),
+    ],
+)
+def test_a_tensor_with_other_dimensions_than_its_name_has_is_refused(name, key, tensor, tmp_path):
+    EVERY_FAMILY[name].attach(golden_transformer()).save(tmp_path, {})
+    rewrite(read_adapter(tmp_path).path, lambda tensors: tensors.update({key: tensor}))
+    with pytest.raises(UserError, match=f"has {re.escape(key)} of size .*; copy the adapter again"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (LOKR_LOW_RANK, {"linear_dim": 64}, r"has linear_dim 64, but the weights of layers\.0\.\S+ have rank 3"),
+        (LOKR_LOW_RANK, {"full_matrix": True}, "says full_matrix, but the weights of"),
+        (LOKR_LOW_RANK, {"weight_decompose": True}, r"has weight_decompose True, but layers\.0\.\S+ has no dora_scale"),
+        (LOKR_LOW_RANK, {"factor": 8}, r"has factor 8, but the factors of layers\.0\.\S+ have 4 and 16 rows"),
+        (EVERY_FAMILY["lokr-lengths"], {"weight_decompose": False}, r"layers\.0\.\S+ has a dora_scale"),
+    ],
+)
+def test_a_lokr_header_from_which_players_would_make_other_layers_is_refused(config, change, message, tmp_path):
+    config.attach(golden_transformer()).save(tmp_path, {})
+    path = tmp_path / "lokr_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["lokr_config"])
+    save_file(load_file(path), path, {"lokr_config": json.dumps(header | change)})
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (
+            OftConfig(block_size=16),
+            {"block_share": True},
+            r"says block_share, but layers\.0\.\S+ has 4 blocks",
+        ),
+        (OftConfig(block_size=16), {"oft_block_size": 8}, r"the blocks of layers\.0\.\S+ have 16 inputs"),
+    ],
+)
+def test_an_oft_config_that_contradicts_the_blocks_is_refused(config, change, message, tmp_path):
+    config.attach(golden_transformer()).save(tmp_path, {})
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path)
+
+
+def test_one_layer_under_two_names_is_refused(lora_folder):
+    def double(tensors):
+        tensors.update(
+            {key.replace("q_proj", "to_q"): 2 * tensor for key, tensor in tensors.items() if "q_proj" in key}
+        )
+
+    rewrite(lora_folder / "adapter_model.safetensors", double)
+    with pytest.raises(UserError, match=r"has layers\.0\.\w+_attn\.q_proj\.lora_A\.weight twice"):
+        read_adapter(lora_folder)
+
+
+def test_weights_that_overflow_are_refused(lora_folder):
+    rewrite(lora_folder / "adapter_model.safetensors", lambda tensors: [t.mul_(1e25) for t in tensors.values()])
+    with pytest.raises(UserError, match="so large that at strength 1 they are not finite"):
         attach_saved(golden_transformer(), lora_folder)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.keymap import to_diffusers
-from sidestep.adapters.convert import factorize
+from sidestep.adapters.convert import factorize, stand_in, svd_of
 from sidestep.adapters.files import apply_adapters, read_adapter
 from sidestep.errors import UserError
 from sidestep.exporting.export import export
@@ -141,7 +141,7 @@ def test_diffusers_reads_a_lora_without_q_proj_only_after_the_export(checkpoint_
     assert (found - output(toy)).norm() > 0.01 * found.norm()
 
 
-def test_a_layer_outside_of_the_blocks_is_converted_too(toy, tmp_path):
+def test_layers_outside_of_the_blocks_are_converted_too(toy, tmp_path, caplog):
     # ACE-Step's own trainer wraps every layer, also the convolution at the input
     settings = {"linear_dim": 4, "linear_alpha": 4, "factor": 4, "decompose_both": False}
     generator = torch.Generator().manual_seed(0)
@@ -154,12 +154,27 @@ def test_a_layer_outside_of_the_blocks_is_converted_too(toy, tmp_path):
         "lycoris_condition_embedder.alpha": torch.tensor(4.0),
     }
     save_file(tensors, tmp_path / "lokr_weights.safetensors", {"lokr_config": json.dumps(settings)})
-    result = run_export(
-        tmp_path / "lokr_weights.safetensors", toy.root, tmp_path, "format=lora", "rank=64", "model_variant=base"
-    )
+    caplog.set_level("INFO", "sidestep")
     expected = played(toy, tmp_path / "lokr_weights.safetensors")
-    found = output(toy, lambda transformer: play_with_peft(transformer, result))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    for format, rank in (("lora", ["rank=64"]), ("diffusers", ["rank=64"]), ("comfyui", [])):
+        result = run_export(
+            tmp_path / "lokr_weights.safetensors", toy.root, tmp_path, f"format={format}", *rank, "model_variant=base"
+        )
+        found = output(toy, lambda transformer, result=result, play=PLAYERS[format]: play(transformer, result))
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert "ACE-Step and ComfyUI read this folder at strength 1; for diffusers use format=diffusers" in caplog.text
+
+
+@pytest.mark.parametrize("format", PLAYERS)
+@pytest.mark.parametrize("family", ["lora-ranks", "lokr", "loha"])
+def test_what_was_exported_is_read_again_as_the_adapter_it_is(adapters, toy, tmp_path, family, format):
+    rank = ["rank=16"] if family != "lora-ranks" and format != "comfyui" else []
+    run_export(adapters[family], toy.root, tmp_path, f"format={format}", "scale=0.5", "measure_output=false", *rank)
+    expected = played(toy, adapters[family], 0.5)
+    if not rank:
+        torch.testing.assert_close(played(toy, tmp_path / "exported"), expected, rtol=0, atol=2e-5)
+    again = run_export(tmp_path / "exported", toy.root, tmp_path, "format=lora", f"output_dir={tmp_path / 'again'}")
+    torch.testing.assert_close(played(toy, again), played(toy, tmp_path / "exported"), rtol=0, atol=0.02)
 
 
 # conversion
@@ -176,7 +191,7 @@ def test_a_conversion_keeps_the_error_asked_for_with_the_smallest_ranks(adapters
         assert ((change - b @ a).norm() / change.norm()).item() == pytest.approx(layer["error"], abs=1e-5)
         assert layer["error"] <= 0.2
         assert len(a) == layer["rank"]
-        assert len(a) == 1 or factorize(change, rank=len(a) - 1, max_error=0.5).error > 0.2
+        assert len(a) == 1 or low_rank(change, len(a) - 1).error > 0.2
         ranks.add(len(a))
     assert len(ranks) > 1, "this test is to show that layers of different ranks load"
 
@@ -194,15 +209,39 @@ def test_a_lora_is_written_at_a_smaller_rank_when_asked(adapters, toy, tmp_path)
     assert all(0 < layer["error"] < 0.9 for layer in record(result)["layers"].values())
 
 
+def low_rank(change, rank=None, max_error=0.5):
+    return factorize(torch.linalg.svd(change, full_matrices=False), change.shape, rank=rank, max_error=max_error)
+
+
 def test_the_best_product_of_a_rank_is_found():
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(30, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
-    assert factorize(low, rank=None, max_error=1e-4).rank == 3
-    assert factorize(low, rank=8, max_error=0.5).error < 1e-6
+    assert low_rank(low, max_error=1e-4).rank == 3
+    assert low_rank(low, rank=8).error < 1e-6
     full = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
-    assert factorize(full, rank=1, max_error=0.5).error == pytest.approx((5 / 21) ** 0.5)
-    assert factorize(full, rank=None, max_error=0.49).rank == 1
-    assert factorize(torch.zeros(4, 5), rank=None, max_error=0.1).error == 0
+    assert low_rank(full, rank=1).error == pytest.approx((5 / 21) ** 0.5)
+    assert low_rank(full, max_error=0.49).rank == 1
+    assert low_rank(torch.zeros(4, 5), max_error=0.1).error == 0
+    assert low_rank(full, rank=1_000_000).rank == 3
+
+
+@pytest.mark.parametrize("family", ["lora", "lokr", "lokr-full", "lokr-both", "loha"])
+def test_the_change_is_decomposed_by_way_of_its_small_factors(adapters, monkeypatch, family):
+    saved = read_adapter(adapters[family])
+    path = "layers.0.mlp.up_proj" if "layers.0.mlp.up_proj" in saved.paths else "layers.0.self_attn.q_proj"
+    weight, seen, svd = stand_in(saved, path), [], torch.linalg.svd
+    expected = svd(saved.change(path, weight, -0.5), full_matrices=False)
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, **how: seen.append(matrix.shape) or svd(matrix, **how))
+    u, s, vh = svd_of(saved, path, weight, -0.5)
+    assert all(max(shape) <= 32 for shape in seen)  # of a 64x64 weight
+    torch.testing.assert_close(u @ s.diag() @ vh, saved.change(path, weight, -0.5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(s, expected.S[: len(s)], rtol=1e-4, atol=1e-5)
+    assert torch.equal(s, s.sort(descending=True).values)
+
+
+def test_a_rank_beyond_that_of_a_lora_adds_nothing_to_it(adapters, toy, tmp_path):
+    result = run_export(adapters["lora"], toy.root, tmp_path, "format=lora", "rank=1000000", "measure_output=false")
+    assert read_adapter(result).config.rank == 4
 
 
 def test_a_conversion_larger_than_the_layer_is_pointed_out(adapters, toy, tmp_path, caplog):
@@ -375,6 +414,8 @@ def test_a_folder_with_other_things_in_it_is_not_written_over(adapters, toy, tmp
         run_export(adapters["lora"], toy.root, tmp_path, "format=lora")
     with pytest.raises(UserError, match="holds adapter_dir="):
         run_export(adapters["lora"], toy.root, tmp_path, "format=lora", f"output_dir={adapters['lora']}")
+    with pytest.raises(UserError, match="lies in the base model's own folder"):
+        run_export(adapters["lora"], toy.root, tmp_path, "format=merged", f"output_dir={toy.folder / 'merged'}")
     with pytest.raises(UserError, match="holds checkpoint_dir="):
         run_export(adapters["lora"], toy.root, tmp_path, "format=merged", f"output_dir={toy.root}")
     run_export(adapters["lora"], toy.root, tmp_path, "format=lora", f"output_dir={tmp_path / 'again'}")
@@ -418,6 +459,58 @@ def test_an_adapter_that_names_no_model_needs_one_typed(adapters, toy, tmp_path)
     with pytest.raises(UserError, match=r"does not say which model it was trained on; type model_variant="):
         run_export(source, toy.root, tmp_path, "format=merged")
     run_export(source, toy.root, tmp_path, "format=merged", "model_variant=base")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda key, tensor: tensor[:, :2] if "lora_B" in key else tensor, "do not fit together"),
+        (lambda key, tensor: tensor * 1e25, "so large that at strength 1 they are not finite"),
+        (lambda key, tensor: torch.cat([tensor, tensor]) if "lora_B" in key else tensor, "is needed; it belongs to"),
+    ],
+    ids=["inner sizes", "overflow", "another model"],
+)
+@pytest.mark.parametrize("format", ["lora", "comfyui", "merged"])
+def test_a_lora_that_would_not_play_is_not_written(adapters, toy, tmp_path, spoil, message, format):
+    source = tmp_path / "final"
+    shutil.copytree(adapters["lora"], source)
+    path = source / "adapter_model.safetensors"
+    save_file({key: spoil(key, tensor).contiguous() for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=message):
+        run_export(source, toy.root, tmp_path, f"format={format}", "model_variant=base")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_strength_beyond_the_numbers_of_the_file_is_not_written(adapters, toy, tmp_path):
+    for format in ("comfyui", "lora", "merged"):
+        with pytest.raises(UserError, match="not finite"):
+            run_export(adapters["lokr"], toy.root, tmp_path, f"format={format}", "scale=1e39")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_measurement_that_fails_does_not_throw_the_conversion_away(adapters, toy, tmp_path, monkeypatch, caplog):
+    def no_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(toy), "load_transformer", no_memory)
+    result = run_export(adapters["lokr"], toy.root, tmp_path, "format=lora", "rank=2")
+    assert read_adapter(result).config.rank == 2
+    assert record(result)["output_error"] is None
+    assert "the error in the model's output is not measured: the model cannot be run on cpu: CUDA out of" in caplog.text
+
+
+def test_a_merged_checkpoint_holds_what_its_source_only_links_to(adapters, toy, tmp_path):
+    save_in_diffusers_layout(toy, tmp_path / "model")
+    for name in ("transformer", "vae"):
+        (tmp_path / "model" / name).rename(tmp_path / name)
+        (tmp_path / "model" / name).symlink_to(tmp_path / name)
+    result = run_export(adapters["lora"], tmp_path / "model", tmp_path, "format=merged")
+    assert {path.name for path in result.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {
+        "export.json"
+    }
+    torch.testing.assert_close(
+        output(find_checkpoint(result, toy.variant)), played(toy, adapters["lora"]), rtol=0, atol=1e-5
+    )
 
 
 def test_an_adapter_of_another_checkpoint_is_pointed_out(adapters, checkpoint_dir, tmp_path, caplog):

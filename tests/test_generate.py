@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.conditioning import context_latents
+from sidestep.adapters import SavedAdapter
 from sidestep.config.gate import compose_or_explain, read_variant
 from sidestep.errors import UserError
+from sidestep.exporting.export import export
 from sidestep.generate import quote_words
 from sidestep.inference.generation import choose_sampling, choose_variant, generate, read_played, read_request
 from sidestep.inference.music_files import adapter_name, read_settings, write_music
@@ -33,7 +35,7 @@ from sidestep.inference.pipeline import (
     sample_latents,
     stream_layers,
 )
-from tests.factories import generate_config, run_training, write_dataset
+from tests.factories import export_config, generate_config, run_training, write_dataset
 from tests.golden import GOLDEN, golden_transformer
 from tests.test_checkpoint import save_in_diffusers_layout
 from tests.test_demo import run_command
@@ -196,15 +198,25 @@ def test_music_decoded_in_tiles_is_that_decoded_at_once(checkpoint_dir):
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
-def test_a_transformer_whose_layers_come_and_go_gives_the_same():
+def test_a_transformer_whose_layers_come_and_go_gives_the_same(monkeypatch):
     arguments = {
         "condition": torch.ones(3, 64), "null_condition": torch.zeros(1, 64), "silence": torch.zeros(50, 64),
         "num_frames": 20, "sampling": Sampling(shift=1.0, num_inference_steps=2, guidance_scale=3.0), "seed": 0,
     }  # fmt: skip
     expected = sample_latents(golden_transformer(), **arguments)
-    transformer = golden_transformer()
-    stream_layers(transformer, torch.device("cpu"))
+    transformer, moves, move = golden_transformer(), [], torch.nn.Module.to
+    layers = list(transformer.layers)
+
+    def noted(module, device):
+        moves.append((layers.index(module) if module in layers else None, str(device)))
+        return move(module, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    stream_layers(transformer, torch.device("cpu", 0))
     torch.testing.assert_close(sample_latents(transformer, **arguments), expected, rtol=0, atol=0)
+    # twice, for two steps, and condition and null condition are one batch
+    expected_moves = [(layer, device) for layer in range(4) for device in ("cpu:0", "cpu")]
+    assert [move for move in moves if move[0] is not None] == 2 * expected_moves
 
 
 # adapters
@@ -345,6 +357,26 @@ def test_on_another_model_the_adapters_sampling_does_not_count(trained, caplog):
     sampling = choose_sampling(generate_config("num_inference_steps=null"), variant, [adapter])
     assert sampling.num_inference_steps == variant.num_inference_steps == 50
     assert "was trained on turbo and now plays on sft" in caplog.text
+
+
+def test_a_model_with_the_adapter_in_it_already_is_pointed_out(trained, checkpoint_dir, tmp_path, caplog):
+    adapter = f"adapter_dir={trained / 'lora' / 'final'}"
+    make(checkpoint_dir, tmp_path, adapter)
+    assert "was trained on another model" not in caplog.text
+    merged = export(
+        export_config(adapter, f"checkpoint_dir={checkpoint_dir}", "format=merged", f"output_dir={tmp_path / 'merged'}")
+    )
+    make(merged, tmp_path, adapter)
+    assert f"was trained on another model (base) than the one in {merged}" in caplog.text
+
+
+def test_too_little_memory_for_an_adapter_is_one_line(trained, checkpoint_dir, tmp_path, monkeypatch):
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SavedAdapter, "change", no_memory)
+    message = refused(checkpoint_dir, tmp_path, f"adapter_dir={trained / 'lora' / 'final'}")
+    assert "the transformer ran out of memory at seconds=1; use seconds=0.5 or offload=true" in message
 
 
 def test_a_trigger_word_that_is_missing_is_named(trained, checkpoint_dir, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -84,11 +85,15 @@ def test_three_steps_equal_the_same_steps_written_by_hand(tmp_path, checkpoint_d
     torch.testing.assert_close(trained, adapter.state_dict(), atol=1e-5, rtol=1e-4)
 
 
-def test_a_finished_run_frees_its_model(tmp_path, checkpoint_dir, dataset_dir, monkeypatch):
-    """In a sweep the next point loads its own."""
+def test_a_finished_run_frees_its_model_and_before_it_is_checked_its_optimizer(
+    tmp_path, checkpoint_dir, dataset_dir, monkeypatch
+):
+    """In a sweep the next point loads its own, and the check of final/ needs memory."""
     import weakref
 
     from sidestep.acestep.checkpoint import Checkpoint
+    from sidestep.training.optim import AdamWConfig
+    from sidestep.training.run import Run
 
     alive: list[weakref.ref[torch.nn.Module]] = []
     load = Checkpoint.load_transformer
@@ -98,7 +103,24 @@ def test_a_finished_run_frees_its_model(tmp_path, checkpoint_dir, dataset_dir, m
         alive.append(weakref.ref(transformer))
         return transformer
 
+    built: list[torch.optim.Optimizer] = []
+    held: list[int] = []
+    build, save, finish = AdamWConfig.build, Run.save_checkpoint, Run.finish
+
+    def count(stage):
+        def counted(*arguments, **options):
+            held.append(len(built[0].state))
+            return stage(*arguments, **options)
+
+        return counted
+
     monkeypatch.setattr(Checkpoint, "load_transformer", remember)
+    monkeypatch.setattr(AdamWConfig, "build", lambda *a: built.append(build(*a)) or built[0])
+    monkeypatch.setattr(Run, "save_checkpoint", count(save))
+    monkeypatch.setattr(Run, "finish", count(finish))
     places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
     run_training(tmp_path / "run", *places, "precision=bf16", "max_epochs=null", "max_steps=1")
+    built.clear()
+    gc.collect()
     assert [reference() for reference in alive] == [None]
+    assert held == [64, 0]

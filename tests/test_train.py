@@ -199,8 +199,10 @@ def test_the_same_command_returns_a_finished_runs_result_without_training(tmp_pa
     settings = ("adapter=lora", *places, "max_epochs=1")
     first = run_training(tmp_path / "run", *settings)
     before = (tmp_path / "run/run.json").read_text()
+    (tmp_path / "run/final/inspect.png").write_text("what others put there")
     assert run_training(tmp_path / "run", *settings) == first
     assert "is finished at step 4" in caplog.text
+    assert (tmp_path / "run/final/inspect.png").exists()
     assert (tmp_path / "run/run.json").read_text() == before
 
 
@@ -211,7 +213,11 @@ def test_a_final_folder_that_was_damaged_is_made_again(tmp_path, places, damage)
     path = tmp_path / "run/final/adapter_model.safetensors"
     whole = weights(path.parent)
     path.unlink() if damage == "deleted" else path.write_bytes(path.read_bytes()[:-1])
+    (path.parent / "songs").mkdir()
+    (path.parent / "songs/one.flac").write_text("what others put there")
     run_training(tmp_path / "run", *settings)
+    assert (path.parent / "songs/one.flac").exists()
+    assert "songs" not in json.loads((tmp_path / "run/run.json").read_text())["final"]
     torch.testing.assert_close(weights(path.parent), whole, rtol=0, atol=0)
 
 

@@ -8,6 +8,7 @@ paths handed to the transformer are diffusers' (``layers.0.self_attn.to_q``).
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,12 +18,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from sidestep.acestep.keymap import to_original
+from sidestep.acestep.keymap import to_diffusers, to_original
 from sidestep.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -35,6 +38,8 @@ class Adapter(ABC):
 
     config: AdapterConfig
     """The settings it was made with."""
+    transformer: nn.Module
+    """What it is attached to."""
     notes: Sequence[str] = ()
     """One sentence for each setting that has no effect on this transformer."""
 
@@ -101,19 +106,34 @@ class Adapter(ABC):
     def start_from(self, saved: SavedAdapter) -> None:
         """Copy a saved adapter's weights, so that this one gives the same output. Modules it does not have keep theirs.
 
+        Layers outside of the blocks, which the peers' LoKr files hold too, are left out with a warning if they act.
+
         Raises:
             UserError: if its family, modules or sizes are not this adapter's, with the setting that makes them so.
         """
         saved.require_family(self.config)
+        if any(getattr(saved.config, key) != getattr(self.config, key) for key in self.config.read_with):
+            raise UserError(f"{saved.path} would act otherwise in this run; {saved.settings_to_type(self.config)}")
         own, state = self.weights(), self.state_dict()
-        if strange := [path for path in saved.paths if path not in own]:
-            targets = ",".join(sorted({path.rpartition(".")[2] for path in saved.paths}))
+        strange = [path for path in saved.paths if path not in own and saved.acts_on(self.transformer, path)]
+        if inside := [path for path in strange if path.startswith("layers.")]:
+            kept = [path for path in saved.paths if path in own]
+            targets = ",".join(sorted({path.rpartition(".")[2] for path in inside + kept}))
             attention = "" if self.config.attention is Attention.both else " adapter.attention=both"
             raise UserError(
-                f"{saved.path} has {strange[0]}, which this run does not train; "
+                f"{saved.path} has {inside[0]}, which this run does not train; "
                 f"type adapter.target_modules=[{targets}]{attention}"
             )
+        if strange:
+            log.warning(
+                "%s also changes %s, which lie outside of the blocks and are not trained here; this run starts "
+                "without those changes",
+                saved.path,
+                ", ".join(strange),
+            )
         for path, leaves in saved.modules.items():
+            if path not in own:
+                continue
             shapes = {leaf: tensor.shape for leaf, tensor in leaves.items()}
             if shapes != {leaf: parameter.shape for leaf, parameter in own[path].items()}:
                 raise UserError(
@@ -148,6 +168,8 @@ class AdapterConfig:
     """The option of the group ``adapter``."""
     shaped_by: ClassVar[tuple[str, ...]] = ()
     """Settings that decide the sizes of the weights."""
+    read_with: ClassVar[tuple[str, ...]] = ()
+    """Settings with which weights of the same sizes make another change."""
     leaf_sets: ClassVar[tuple[frozenset[str], ...]] = ()
     """What the weights of one module are called, in each of the forms they come in."""
     folded_into: ClassVar[tuple[str, ...]] = ()
@@ -267,55 +289,90 @@ class SavedAdapter:
     def settings_to_type(self, config: AdapterConfig) -> str:
         """Say how to type the settings that give a run this adapter's sizes, where ``config`` has others."""
         typed = []
-        for key in config.shaped_by:
+        for key in config.shaped_by + config.read_with:
             wanted, has = getattr(self.config, key), getattr(config, key)
             if wanted != has:
                 text = ",".join(f"{k}:{v}" for k, v in wanted.items()) if isinstance(wanted, dict) else None
                 typed.append(f"'adapter.{key}={{{text}}}'" if text is not None else f"adapter.{key}={wanted}".lower())
         return f"type {' '.join(typed)}" if typed else "it belongs to another model_variant"
 
-    def change(self, original_path: str, weight: Tensor) -> Tensor:
-        """Compute what the adapter adds to a weight at full strength.
+    def weight_in(self, transformer: nn.Module, original_path: str) -> Tensor:
+        """Find the weight of a transformer that a module is for.
+
+        Raises:
+            UserError: if the transformer has none.
+        """
+        from torch import nn
+
+        try:
+            module = transformer.get_submodule(to_diffusers(original_path))
+        except AttributeError:
+            module = None
+        if not isinstance(module, nn.Linear | nn.Conv1d):
+            raise UserError(f"{self.path} has {original_path}, which fits nothing in this transformer")
+        return module.weight
+
+    def acts_on(self, transformer: nn.Module, original_path: str) -> bool:
+        """Whether it changes a weight by more than the rounding of a row's length."""
+        weight = self.weight_in(transformer, original_path)
+        return bool(self.change(original_path, weight).norm() > 1e-6 * weight.detach().float().norm())
+
+    def scaled(self, original_path: str, scale: float) -> dict[str, Tensor]:
+        """Return the weights of a module with a strength multiplied in.
+
+        Raises:
+            UserError: if they are then too large for float32.
+        """
+        leaves = dict(self.modules[original_path])
+        folded = self.config.folded(leaves)
+        leaves[folded] = leaves[folded] * scale
+        self._require_finite(original_path, leaves[folded], scale)
+        return leaves
+
+    def change(self, original_path: str, weight: Tensor, scale: float = 1.0) -> Tensor:
+        """Compute what the adapter adds to a weight.
 
         Args:
             original_path: one of ``paths``.
-            weight: the base model's weight, (out, in), or (out, in, kernel) of a Conv1d; any dtype and device.
+            weight: the base model's weight, (out, in), or (out, in, kernel) of a Conv1d; any dtype and device. On the
+                device "meta" only sizes are compared.
+            scale: strength; 1 is the adapter as it was trained.
 
         Returns:
             The change in float32, in the shape and on the device of ``weight``.
 
         Raises:
-            UserError: if the adapter was made for a weight of another size.
+            UserError: if the adapter was made for a weight of another size, or the change is too large for float32.
         """
+        import torch
+
         leaves = {leaf: tensor.to(weight.device) for leaf, tensor in self.modules[original_path].items()}
         needed = (weight.shape[0], weight[0].numel())
-        found = tuple(side or own for side, own in zip(self.config.sides(leaves), needed, strict=True))
-        if found != needed:
-            raise UserError(
-                f"{self.path} has {original_path} of size {found[0]}x{found[1]} where {needed[0]}x{needed[1]} is "
-                f"needed; it belongs to another model_variant"
-            )
         try:
-            return self.config.change(leaves, weight.detach().float())
+            found = tuple(side or own for side, own in zip(self.config.sides(leaves), needed, strict=True))
+            if found != needed:
+                raise UserError(
+                    f"{self.path} has {original_path} of size {found[0]}x{found[1]} where {needed[0]}x{needed[1]} is "
+                    f"needed; it belongs to another model_variant"
+                )
+            change = self.config.change(leaves, weight.detach().float()) * scale
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             sizes = ", ".join(f"{leaf} {size(tensor)}" for leaf, tensor in leaves.items())
             raise UserError(f"{self.path} has tensors for {original_path} that do not fit together: {sizes}") from error
+        self._require_finite(original_path, change, scale)
+        return change
+
+    def _require_finite(self, original_path: str, tensor: Tensor, scale: float) -> None:
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise UserError(
+                f"{self.path} has weights for {original_path} so large that at strength {scale:g} they are not finite"
+            )
 
     def merged_weight(self, original_path: str, weight: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute the weight that gives what the base model gives with this adapter.
-
-        Args:
-            original_path: one of ``paths``.
-            weight: the base model's weight, (out, in), or (out, in, kernel) of a Conv1d; any dtype and device.
-            scale: strength; 0 gives ``weight`` itself, 1 the adapter as it was trained.
-
-        Returns:
-            weight + scale * change, in float32.
-
-        Raises:
-            UserError: if the adapter was made for a weight of another size.
-        """
-        return weight.detach().float() + scale * self.change(original_path, weight)
+        """Compute the weight that gives what the base model gives with this adapter, in float32; see ``change``."""
+        return weight.detach().float() + self.change(original_path, weight, scale)
 
 
 def refuse_second(transformer: nn.Module) -> None:

@@ -6,9 +6,10 @@ Young 1936). Every file written here has a scale of 1, so that no player has to 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from sidestep.acestep.keymap import to_diffusers
 from sidestep.adapters.base import SavedAdapter
-from sidestep.adapters.lora import write_peft_folder
+from sidestep.adapters.lokr import LokrConfig
+from sidestep.adapters.lora import DIFFUSERS_FILE, write_peft_folder
 from sidestep.adapters.lycoris import file_name
 from sidestep.files import write_tensors
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-"""The name that ``load_lora_weights`` looks for first in a folder."""
+Svd = tuple[Tensor, Tensor, Tensor]
+"""U (out, n), singular values (n,) in falling order, and V^T (n, in)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +46,86 @@ class Factors:
         return (self.b.flatten(1) @ self.a.flatten(1)).reshape(self.b.shape[0], *self.a.shape[1:])
 
 
-def factorize(change: Tensor, *, rank: int | None, max_error: float) -> Factors:
+def factorize(svd: Svd, shape: Sequence[int], *, rank: int | None, max_error: float) -> Factors:
     """Find the best low-rank product for a change.
 
     Args:
-        change: (out, in), or (out, in, kernel); finite.
+        svd: of the change as a matrix.
+        shape: of the weight: (out, in), or (out, in, kernel).
         rank: how many singular values to keep, at most; or None for as few as ``max_error`` allows.
         max_error: largest relative error where ``rank`` is None.
     """
-    matrix = change.float().flatten(1)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = svd
+    # missed[r] is the square of what is missed when r values are kept
+    missed = torch.cat([s.double().square().flip(0).cumsum(0).flip(0), s.new_zeros(1, dtype=torch.float64)])
     if rank is None:
-        # missed[r] is the square of what is missed when r values are kept
-        missed = s.double().square().flip(0).cumsum(0).flip(0)
-        rank = max(1, int((missed > max_error**2 * missed[0]).sum()))
+        rank = int((missed > max_error**2 * missed[0]).sum())
+    rank = max(1, min(rank, len(s)))
     root = s[:rank].sqrt()  # shared evenly, so that neither factor is out of range in half precision
-    a, b = root[:, None] * v[:rank], u[:, :rank] * root
-    error = ((matrix - b @ a).norm() / matrix.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
-    ones = [1] * (change.ndim - 2)
+    a, b = root[:, None] * vh[:rank], u[:, :rank] * root
     return Factors(
-        a=a.reshape(-1, *change.shape[1:]).cpu().contiguous(),
-        b=b.reshape(*b.shape, *ones).cpu().contiguous(),
-        error=error,
+        a=a.reshape(-1, *shape[1:]).cpu().contiguous(),
+        b=b.reshape(*b.shape, *[1] * (len(shape) - 2)).cpu().contiguous(),
+        error=(missed[rank] / missed[0].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().item(),
     )
+
+
+def svd_of(saved: SavedAdapter, path: str, weight: Tensor, scale: float) -> Svd:
+    """Decompose the change of a weight, by way of the small factors that LoRA, LoKr and LoHa make it of.
+
+    Args:
+        saved: the adapter.
+        path: original path of the module.
+        weight: the base model's, or zeros of its size where the change does not depend on it.
+        scale: strength.
+
+    Raises:
+        UserError: if the adapter does not fit the weight, or the change is not finite.
+    """
+    change = saved.change(path, weight, scale).flatten(1)
+    if not depends_on_weights(saved):
+        leaves = {leaf: tensor.to(weight.device) for leaf, tensor in saved.scaled(path, scale).items()}
+        if saved.family == "lora":
+            return _svd_of_product(leaves["lora_B.weight"], leaves["lora_A.weight"])
+        if saved.family == "lokr":
+            return _svd_of_kron(*(_svd_of_leaves(leaves, name) for name in ("lokr_w1", "lokr_w2")))
+        if (inner := len(leaves["hada_w1_b"]) * len(leaves["hada_w2_b"])) < min(change.shape):
+            # the product, element by element, of two products is one product of their rows and columns' products
+            a = torch.einsum("ri,si->rsi", leaves["hada_w1_b"].flatten(1), leaves["hada_w2_b"].flatten(1))
+            b = torch.einsum("or,os->ors", leaves["hada_w1_a"], leaves["hada_w2_a"])
+            return _svd_of_product(b.reshape(-1, inner), a.reshape(inner, -1))
+    return _svd(change)
+
+
+def _svd(matrix: Tensor) -> Svd:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u.contiguous(), s, vh.contiguous()  # torch.kron needs them so
+
+
+def _svd_of_product(b: Tensor, a: Tensor) -> Svd:
+    b, a = b.flatten(1), a.flatten(1)
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = _svd(r_b @ r_a.T)
+    return q_b @ u, s, vh @ q_a.T
+
+
+def _svd_of_leaves(leaves: Mapping[str, Tensor], name: str) -> Svd:
+    if name in leaves:
+        return _svd(leaves[name].flatten(1))
+    return _svd_of_product(leaves[f"{name}_a"], leaves[f"{name}_b"])
+
+
+def _svd_of_kron(first: Svd, second: Svd) -> Svd:
+    (u1, s1, vh1), (u2, s2, vh2) = first, second
+    s, order = torch.kron(s1, s2).sort(descending=True)
+    return torch.kron(u1, u2)[:, order], s, torch.kron(vh1, vh2)[order]
 
 
 def lora_factors(saved: SavedAdapter, scale: float) -> dict[str, Factors]:
     """Take the factors of a LoRA as they are, with ``scale`` multiplied into B."""
-    return {
-        path: Factors(a=leaves["lora_A.weight"], b=leaves["lora_B.weight"] * scale)
-        for path, leaves in saved.modules.items()
-    }
+    scaled = {path: saved.scaled(path, scale) for path in saved.paths}
+    return {path: Factors(a=leaves["lora_A.weight"], b=leaves["lora_B.weight"]) for path, leaves in scaled.items()}
 
 
 def depends_on_weights(saved: SavedAdapter) -> bool:
@@ -146,10 +197,14 @@ def write_comfyui(path: Path, factors: Mapping[str, Factors], metadata: Mapping[
 def write_comfyui_lycoris(path: Path, saved: SavedAdapter, scale: float, metadata: Mapping[str, str]) -> Path:
     """Write a LoKr or LoHa as one file for ComfyUI, which takes its scale from alpha and the rank."""
     tensors: dict[str, Tensor] = {}
-    for module, leaves in saved.modules.items():
-        folded = saved.config.folded(leaves)
+    for module in saved.paths:
+        leaves = saved.scaled(module, scale)
         rank = next((tensor.shape[0] for leaf, tensor in leaves.items() if leaf.endswith("_b")), 1)
-        baked = leaves | {folded: leaves[folded] * scale, "alpha": torch.tensor(float(rank))}
-        tensors |= {f"{file_name(module)}.{leaf}": tensor.contiguous() for leaf, tensor in baked.items()}
-    write_tensors(path, tensors, {"format": "pt", **metadata})
+        # ComfyUI takes the factors of a Conv1d for what they are only as matrices
+        tensors |= {f"{file_name(module)}.{leaf}": tensor.flatten(1).contiguous() for leaf, tensor in leaves.items()}
+        tensors[f"{file_name(module)}.alpha"] = torch.tensor(float(rank))
+    header = {"format": "pt", **metadata}
+    if isinstance(saved.config, LokrConfig):
+        header["lokr_config"] = json.dumps(replace(saved.config, alpha=None).header())
+    write_tensors(path, tensors, header)
     return path

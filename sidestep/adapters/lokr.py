@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidestep.adapters.base import LowRankConfig, module_kind, size
 from sidestep.adapters.lycoris import LycorisAdapter
@@ -81,6 +81,23 @@ class LokrConfig(LowRankConfig):
         w1, w2 = _factors(leaves)
         return w1.shape[0] * w2.shape[0], w1.shape[1] * w2[0].numel()
 
+    def header(self) -> dict[str, Any]:
+        """Return what ACE-Step rebuilds the modules from: ``lokr_config`` in the header of a file."""
+        return {
+            "linear_dim": self.rank,
+            "linear_alpha": self.scale * self.rank,
+            "factor": self.factor,
+            "decompose_both": self.decompose_both,
+            "use_tucker": False,
+            "use_scalar": False,
+            "weight_decompose": self.weight_decompose,
+            "target_modules": self.target_modules,
+            "full_matrix": self.full_matrix,
+            "bypass_mode": False,
+            "rs_lora": False,
+            "unbalanced_factorization": False,
+        }
+
     def players(self) -> list[str]:
         if self.weight_decompose:
             comfyui = (
@@ -125,21 +142,7 @@ class LokrAdapter(LycorisAdapter):
 
     def save(self, folder: Path, metadata: Mapping[str, str]) -> None:
         """Write ``lokr_weights.safetensors``; ACE-Step rebuilds the modules from ``lokr_config`` in its header."""
-        lokr_config = {
-            "linear_dim": self.config.rank,
-            "linear_alpha": self.config.scale * self.config.rank,
-            "factor": self.config.factor,
-            "decompose_both": self.config.decompose_both,
-            "use_tucker": False,
-            "use_scalar": False,
-            "weight_decompose": self.config.weight_decompose,
-            "target_modules": self.config.target_modules,
-            "full_matrix": self.config.full_matrix,
-            "bypass_mode": False,
-            "rs_lora": False,
-            "unbalanced_factorization": False,
-        }
-        self.write(folder / WEIGHTS_FILE, "lokr", lokr_config, metadata)
+        self.write(folder / WEIGHTS_FILE, "lokr", self.config.header(), metadata)
 
     def _notes(self) -> list[str]:
         """Say which settings have no effect, once for all kinds of module to which the same sizes apply."""

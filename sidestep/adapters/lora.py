@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+"""The name that diffusers' ``load_lora_weights`` looks for first in a folder."""
 CONFIG_FILE = "adapter_config.json"
+CONVOLUTIONS = frozenset({"proj_in.1", "proj_out.1"})
 KEY_PREFIX = "base_model.model."
 """PEFT puts this in front of every key. Without it ACE-Step reports success and loads nothing."""
 
@@ -107,8 +110,7 @@ class LoraConfig(LowRankConfig):
         return leaves["lora_B.weight"].shape[0], leaves["lora_A.weight"][0].numel()
 
     def players(self) -> list[str]:
-        # diffusers takes a file for ACE-Step's by these two names, and loads any other as nothing
-        if any(target.endswith(("q_proj", "k_proj")) for target in self.target_modules):
+        if diffusers_reads(self.target_modules):
             diffusers = "- diffusers: `pipeline.load_lora_weights(<this folder>)`."
         else:
             diffusers = "- diffusers: only after `python -m sidestep.export format=diffusers`, for want of a q_proj."
@@ -143,6 +145,15 @@ class DoraConfig(LoraConfig):
             diffusers,
             "- ComfyUI: only after `python -m sidestep.export format=comfyui`; it would leave the lengths out.",
         ]
+
+
+def diffusers_reads(paths: Iterable[str]) -> bool:
+    """Whether diffusers reads a PEFT folder with these modules, or endings of their names, whole.
+
+    It takes a file for ACE-Step's by two of the names, and loads any other as nothing; two more it does not know.
+    """
+    paths = list(paths)
+    return any(path.endswith(("q_proj", "k_proj")) for path in paths) and not CONVOLUTIONS.intersection(paths)
 
 
 class LoraAdapter(Adapter):

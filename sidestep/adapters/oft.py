@@ -29,6 +29,7 @@ class OftConfig(AdapterConfig):
 
     family: ClassVar[str] = "oft"
     shaped_by: ClassVar[tuple[str, ...]] = ("block_size", "block_share")
+    read_with: ClassVar[tuple[str, ...]] = ("neumann_terms",)
     leaf_sets: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_R.weight"}),)
     folded_into: ClassVar[tuple[str, ...]] = ("oft_R.weight",)
 

@@ -22,34 +22,38 @@ from sidestep.adapters.convert import (
     depends_on_weights,
     factorize,
     lora_factors,
-    stand_in,
+    svd_of,
     write_comfyui,
     write_comfyui_lycoris,
     write_diffusers,
     write_peft,
 )
-from sidestep.adapters.files import read_adapter
+from sidestep.adapters.files import EXPORT_RECORD, read_adapter
+from sidestep.adapters.lora import CONVOLUTIONS, diffusers_reads
 from sidestep.config.settings import ExportConfig, ExportFormat
 from sidestep.devices import resolve_device
 from sidestep.errors import UserError
-from sidestep.exporting.base_weights import BaseWeights, base_of
+from sidestep.exporting.base_weights import BaseWeights, base_if_there, base_of, weight_for
 from sidestep.exporting.measure import output_error
 from sidestep.exporting.merged import write_merged
 from sidestep.files import describe, replacing_folder, write_text
 
 log = logging.getLogger(__name__)
 
-RECORD = "export.json"
-"""What an exported folder says about itself. A folder that has it may be written again."""
-
-_CONVOLUTIONS = {"proj_in.1", "proj_out.1"}  # the width of their kernel is only known from the weight
 _TINY = torch.finfo(torch.float32).tiny
-_HOW = {
-    ExportFormat.lora: "ACE-Step, diffusers' load_lora_weights and ComfyUI read this folder at strength 1",
-    ExportFormat.comfyui: "put this file into ComfyUI's models/loras and load it at strength 1",
-    ExportFormat.diffusers: "pipeline.load_lora_weights reads this folder at strength 1",
-    ExportFormat.merged: "type it as checkpoint_dir=..., or give the model's folder in it to ACE-Step",
-}
+
+
+def _how(format: ExportFormat, saved: SavedAdapter) -> str:
+    """Say what reads what was written."""
+    if format is ExportFormat.comfyui:
+        return "put this file into ComfyUI's models/loras and load it at strength 1"
+    if format is ExportFormat.diffusers:
+        return "pipeline.load_lora_weights reads this folder at strength 1"
+    if format is ExportFormat.merged:
+        return "type it as checkpoint_dir=..., or give the model's folder in it to ACE-Step"
+    if diffusers_reads(saved.paths):
+        return "ACE-Step, diffusers' load_lora_weights and ComfyUI read this folder at strength 1"
+    return "ACE-Step and ComfyUI read this folder at strength 1; for diffusers use format=diffusers"
 
 
 @dataclass
@@ -106,45 +110,72 @@ def export(config: ExportConfig) -> Path:
     saved = read_adapter(Path(config.adapter_dir))
     output_dir = _output_dir(config)
     report = ExportReport(format=config.format.value, family=saved.family, scale=config.scale)
+    base = _base(saved, config, output_dir)
     try:
         with replacing_folder(output_dir) as folder:
             if config.format is ExportFormat.merged:
-                result = _merge(folder, saved, config, device, report)
+                assert base is not None  # _base is sure of it
+                result = _merge(folder, saved, base, config, device, report)
             elif config.format is ExportFormat.comfyui and config.rank is None and _is_plain_lycoris(saved):
+                _check(saved, base, config.scale)
                 metadata = _metadata(saved, report)
                 result = write_comfyui_lycoris(folder / _file_name(config), saved, config.scale, metadata)
             else:
-                factors = _lora_of(saved, config, device, report)
+                factors = _lora_of(saved, base, config, device, report)
                 result = _write_lora(folder, factors, saved, config, report)
-            write_text(folder / RECORD, json.dumps(asdict(report), indent=2) + "\n")
+            write_text(folder / EXPORT_RECORD, json.dumps(asdict(report), indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output_dir}: {one_line(error)}; type output_dir=<another folder>") from error
     for line in report.lines():
         log.info("%s", line)
     result = output_dir / result.relative_to(folder)
-    log.info("wrote %s: %s", result, _HOW[config.format])
+    log.info("wrote %s: %s", result, _how(config.format, saved))
     return result
 
 
+def _base(saved: SavedAdapter, config: ExportConfig, output_dir: Path) -> BaseWeights | None:
+    """Find the base model. Only a merged checkpoint, or a change that depends on the weights, cannot do without."""
+    variant, checkpoint_dir = config.model_variant, Path(config.checkpoint_dir)
+    as_it_is = config.rank is None and (
+        saved.family == "lora" or (config.format is ExportFormat.comfyui and _is_plain_lycoris(saved))
+    )
+    depends = depends_on_weights(saved) or not CONVOLUTIONS.isdisjoint(saved.paths)  # by the width of a kernel
+    if config.format is ExportFormat.merged or (depends and not as_it_is):
+        base: BaseWeights | None = base_of(saved, variant, checkpoint_dir)
+    else:
+        without = "not compared with the base model" if as_it_is else "the error in the model's output is not measured"
+        base = base_if_there(saved, variant, checkpoint_dir, without)
+    if base is not None and output_dir.resolve().is_relative_to(base.checkpoint.folder.resolve()):
+        raise UserError(f"output_dir={output_dir} lies in the base model's own folder; choose another")
+    return base
+
+
+def _check(saved: SavedAdapter, base: BaseWeights | None, scale: float) -> None:
+    """Compute every change, so that nothing is written that fits no model, is not finite, or does nothing."""
+    acts = [bool(saved.change(path, weight_for(saved, path, base), scale).any()) for path in saved.paths]
+    _refuse_nothing(saved, any(acts))
+
+
 def _lora_of(
-    saved: SavedAdapter, config: ExportConfig, device: torch.device, report: ExportReport
+    saved: SavedAdapter, base: BaseWeights | None, config: ExportConfig, device: torch.device, report: ExportReport
 ) -> dict[str, Factors]:
     """Give the adapter as LoRA factors, and note what is lost: nothing where it is a LoRA and no rank was typed."""
     if saved.family == "lora" and config.rank is None:
-        factors = lora_factors(saved, config.scale)
-        _refuse_nothing(saved, any(pair.b.any() for pair in factors.values()))
-        return factors
-    base = _base_if_there(saved, config)
+        _check(saved, base, config.scale)
+        return lora_factors(saved, config.scale)
     factors = {}
     for path in tqdm(saved.paths, desc="converting", unit="layer", disable=not sys.stderr.isatty()):
-        weight = stand_in(saved, path) if base is None else base.read(path)
-        change = config.scale * saved.change(path, weight.to(device))
-        factors[path] = factorize(change, rank=config.rank, max_error=config.max_error)
+        weight = weight_for(saved, path, base).to(device)
+        svd = svd_of(saved, path, weight, config.scale)
+        factors[path] = factorize(svd, weight.shape, rank=config.rank, max_error=config.max_error)
         report.layers[path] = LayerReport(error=factors[path].error, rank=factors[path].rank)
     _refuse_nothing(saved, any(pair.b.any() for pair in factors.values()))
     _warn_of_thick(factors, config)
     if base is not None and config.measure_output:
-        report.output_error = output_error(base.checkpoint, saved, factors, config.scale, device)
+        try:
+            report.output_error = output_error(base.checkpoint, saved, factors, config.scale, device)
+        except UserError as error:  # no reason to throw the conversion away
+            log.warning("the error in the model's output is not measured: %s", error)
     return factors
 
 
@@ -163,15 +194,23 @@ def _warn_of_thick(factors: dict[str, Factors], config: ExportConfig) -> None:
         )  # fmt: skip
 
 
-def _merge(folder: Path, saved: SavedAdapter, config: ExportConfig, device: torch.device, report: ExportReport) -> Path:
-    base = base_of(saved, config.model_variant, Path(config.checkpoint_dir))
+def _merge(
+    folder: Path,
+    saved: SavedAdapter,
+    base: BaseWeights,
+    config: ExportConfig,
+    device: torch.device,
+    report: ExportReport,
+) -> Path:
     acts = False
 
     def merge(path: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         nonlocal acts
         weight = weight.to(device)
-        change = config.scale * saved.change(path, weight)
+        change = saved.change(path, weight, config.scale)
         merged = (weight + change).to(dtype)
+        if not merged.isfinite().all():
+            raise UserError(f"{saved.path} at scale={config.scale:g} makes {path} too large for {dtype}; lower scale")
         rounding = (merged.float() - weight - change).norm() / change.norm().clamp_min(_TINY)
         acts |= bool(change.any())
         report.layers[path] = LayerReport(error=rounding.item())
@@ -204,18 +243,6 @@ def _is_plain_lycoris(saved: SavedAdapter) -> bool:
     return saved.family in ("lokr", "loha") and not depends_on_weights(saved)
 
 
-def _base_if_there(saved: SavedAdapter, config: ExportConfig) -> BaseWeights | None:
-    """Find the base model; only an adapter whose change depends on the weights cannot do without."""
-    try:
-        return base_of(saved, config.model_variant, Path(config.checkpoint_dir))
-    except UserError as error:
-        if depends_on_weights(saved) or not _CONVOLUTIONS.isdisjoint(saved.paths):
-            raise
-        if config.measure_output:
-            log.info("the error in the model's output is not measured: %s", error)
-        return None
-
-
 def _metadata(saved: SavedAdapter, report: ExportReport) -> dict[str, str]:
     """What the adapter says about its training, and what was done to it. Other programs' headers may hold paths."""
     own = {"sidestep": saved.metadata["sidestep"]} if "sidestep" in saved.metadata else {}
@@ -233,7 +260,11 @@ def _output_dir(config: ExportConfig) -> Path:
     for name, read in (("adapter_dir", source), ("checkpoint_dir", Path(config.checkpoint_dir))):
         if folder.resolve() in (read.resolve(), *read.resolve().parents):
             raise UserError(f"output_dir={folder} holds {name}={read}; choose another")
-    if folder.exists() and not (folder / RECORD).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    if (
+        folder.exists()
+        and not (folder / EXPORT_RECORD).is_file()
+        and not (folder.is_dir() and not any(folder.iterdir()))
+    ):
         raise UserError(f"output_dir={folder} is not an exported adapter ({describe(folder)}); choose another")
     return folder
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.acestep.conditioning import context_latents
 from sidestep.acestep.keymap import to_diffusers
+from sidestep.acestep.probe import probe
+from sidestep.acestep.weight_files import one_line
 from sidestep.adapters.base import SavedAdapter
 from sidestep.adapters.convert import Factors
 from sidestep.errors import UserError
@@ -26,7 +27,7 @@ def output_error(
 ) -> float:
     """Compare the transformer with an adapter and with what the adapter was converted to, on one random input.
 
-    The input has noise, time 0.5, silence as the context and a random condition.
+    The input is random latents halfway to noise, silence as the context and a random condition.
 
     Args:
         checkpoint: the base model; held in float32 on ``device``.
@@ -39,7 +40,7 @@ def output_error(
         Norm of the difference between both outputs, relative to the adapter's effect on the output.
 
     Raises:
-        UserError: if the model does not fit into memory.
+        UserError: if the model cannot be run, as where it does not fit into memory.
     """
     try:
         transformer = checkpoint.load_transformer(device=device, dtype=torch.float32)
@@ -53,23 +54,12 @@ def output_error(
             layers[path].weight -= pair.product().to(device)
             layers[path].weight.copy_(saved.merged_weight(path, layers[path].weight, scale))
         exact = _output(transformer, width, silence)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the model does not fit into the memory of {device}; use device=cpu or measure_output=false"
-        ) from error
+    except RuntimeError as error:  # torch has one of its own for the memory of a GPU, and this for that of a CPU
+        raise UserError(f"the model cannot be run on {device}: {one_line(error)}") from error
     return ((converted - exact).norm() / (exact - base).norm()).item()
 
 
-@torch.no_grad()
 def _output(transformer: AceStepTransformer1DModel, width: int, silence: Tensor) -> Tensor:
-    device = next(transformer.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    t = torch.full((1,), 0.5, device=device)
-    return transformer(
-        hidden_states=torch.randn(1, _FRAMES, 64, generator=generator).to(device),
-        timestep=t,
-        timestep_r=t,
-        encoder_hidden_states=torch.randn(1, _TOKENS, width, generator=generator).to(device),
-        context_latents=context_latents(silence, _FRAMES).unsqueeze(0).to(device),
-        return_dict=False,
-    )[0].cpu()
+    generator = torch.Generator().manual_seed(1)
+    latents, condition = (torch.randn(size, generator=generator) for size in ((_FRAMES, 64), (_TOKENS, width)))
+    return probe(transformer, latents, condition, silence)

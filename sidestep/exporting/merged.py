@@ -7,6 +7,7 @@ weights differ. Each file is therefore copied, and then those bytes are written 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -72,13 +73,14 @@ def _files(checkpoint: Checkpoint) -> dict[Path, Path]:
             checkpoint.folder: Path(checkpoint.variant.folder),
             **{checkpoint.root / name: Path(name) for name in (VAE_FOLDER, TEXT_ENCODER_FOLDER)},
         }
-    files = {
-        path: place / path.relative_to(origin)
-        for origin, place in places.items()
-        for path in sorted(origin.rglob("*"))
-        # hidden files are what downloaders leave
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(origin).parts)
-    }
+    files = {}
+    for origin, place in places.items():
+        for folder, folders, names in os.walk(origin, followlinks=True):  # downloaders link files and folders
+            folders[:] = sorted(name for name in folders if not name.startswith("."))  # hidden is what they leave
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.is_file() and not name.startswith("."):
+                    files[path] = place / path.relative_to(origin)
     silence = checkpoint.root / "silence_latent.pt"  # some copies of the checkpoints have it beside the variants
     return files | ({silence: Path(silence.name)} if silence.is_file() else {})
 

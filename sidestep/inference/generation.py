@@ -20,7 +20,8 @@ from torch import Tensor
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.variants import VariantConfig
-from sidestep.adapters.files import apply_adapters, read_adapter, trained_on
+from sidestep.adapters import SavedAdapter
+from sidestep.adapters.files import apply_adapters, read_adapter, trained_on, warn_of_another_model
 from sidestep.config.gate import read_variant
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype
@@ -52,6 +53,7 @@ class PlayedAdapter:
     path: Path
     name: str
     scale: float
+    saved: SavedAdapter
     about: dict[str, Any]
     """What sidestep wrote into its header when it trained it; empty for an adapter of another program."""
     sha256: list[str]
@@ -74,6 +76,9 @@ def generate(config: GenerateConfig) -> list[Path]:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), variant)
+    for adapter in adapters:
+        if adapter.about.get("model_variant") == variant.name:  # else choose_variant has said so
+            warn_of_another_model(adapter.saved, checkpoint)
     output_dir = Path(config.output_dir)
     _prepare(output_dir)
     _announce(variant, sampling, adapters, request)
@@ -145,6 +150,7 @@ def read_played(path: Path, scale: float) -> PlayedAdapter:
         path=path,
         name=adapter_name(path),
         scale=scale,
+        saved=saved,
         about=trained_on(saved),
         sha256=[sha256_of(file) for file in files if file.is_file()],
     )
@@ -269,15 +275,15 @@ def _sample(
     """Sample the latents of every seed, each (T, 64) on the CPU."""
     gc.collect()  # hooks keep the models before alive in circles
     stream = _streams(config.offload, checkpoint.variant, device)
-    transformer = checkpoint.load_transformer(device=torch.device("cpu") if stream else device, dtype=dtype)
-    WindowedAttention(transformer)
-    apply_adapters(transformer, [(adapter.path, adapter.scale) for adapter in adapters])
-    if stream:
-        stream_layers(transformer, device)
     latents = []
-    for number, seed in enumerate(config.seeds, start=1):
-        log.info("sampling seed %d (%d of %d)", seed, number, len(config.seeds))
-        try:
+    try:
+        transformer = checkpoint.load_transformer(device=torch.device("cpu") if stream else device, dtype=dtype)
+        WindowedAttention(transformer)
+        apply_adapters(transformer, [(adapter.saved, adapter.scale) for adapter in adapters])
+        if stream:
+            stream_layers(transformer, device)
+        for number, seed in enumerate(config.seeds, start=1):
+            log.info("sampling seed %d (%d of %d)", seed, number, len(config.seeds))
             sampled = sample_latents(
                 transformer,
                 condition,
@@ -287,12 +293,13 @@ def _sample(
                 sampling=sampling,
                 seed=seed,
             )
-        except torch.OutOfMemoryError as error:
-            advice = f"use seconds={config.seconds / 2:g}" + ("" if stream else " or offload=true")
-            raise UserError(f"the transformer ran out of memory at seconds={config.seconds:g}; {advice}") from error
-        if not sampled.isfinite().all():
-            raise UserError(f"seed {seed} gave latents that are not finite in {dtype}; use precision=fp32")
-        latents.append(sampled)
+            if not sampled.isfinite().all():
+                advice = "play the adapters at a lower scale" if dtype == torch.float32 else "use precision=fp32"
+                raise UserError(f"seed {seed} gave latents that are not finite in {dtype}; {advice}")
+            latents.append(sampled)
+    except torch.OutOfMemoryError as error:
+        advice = f"use seconds={config.seconds / 2:g}" + ("" if stream else " or offload=true")
+        raise UserError(f"the transformer ran out of memory at seconds={config.seconds:g}; {advice}") from error
     return latents
 
 

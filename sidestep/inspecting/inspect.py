@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sidestep.adapters.base import SavedAdapter
 from sidestep.adapters.files import read_adapter
 from sidestep.config.settings import InspectConfig
 from sidestep.errors import UserError
-from sidestep.exporting.base_weights import BaseWeights, base_of
+from sidestep.exporting.base_weights import base_if_there
 from sidestep.inspecting.plot import draw_heatmap
 from sidestep.inspecting.summary import facts, heatmap, measure_changes
 
@@ -28,7 +27,8 @@ def inspect_adapter(config: InspectConfig) -> Path | None:
     saved = read_adapter(Path(config.adapter_dir))
     for name, text in facts(saved):
         log.info("%-16s %s", name, text)
-    base = _base_if_there(saved, config)
+    without = "not compared with the base model"
+    base = base_if_there(saved, config.model_variant, Path(config.checkpoint_dir), without)
     changes = measure_changes(saved, base)
     if not changes:
         log.info("the change of a %s depends on the base model's weights, so no sizes are shown", saved.family)
@@ -47,11 +47,3 @@ def inspect_adapter(config: InspectConfig) -> Path | None:
     except OSError as error:
         raise UserError(f"cannot write {plot}: {error.strerror}; type plot=<another file>") from error
     return plot
-
-
-def _base_if_there(saved: SavedAdapter, config: InspectConfig) -> BaseWeights | None:
-    try:
-        return base_of(saved, config.model_variant, Path(config.checkpoint_dir))
-    except UserError as error:
-        log.info("not compared with the base model: %s", error)
-        return None

@@ -15,9 +15,11 @@ import torch
 from sidestep.adapters.base import SavedAdapter, module_kind
 from sidestep.adapters.convert import depends_on_weights, stand_in
 from sidestep.adapters.files import trained_on
+from sidestep.adapters.oft import OftConfig
 from sidestep.errors import UserError
 from sidestep.exporting.base_weights import BaseWeights
 
+_TINY = torch.finfo(torch.float32).tiny
 _COLUMNS = {"self_attn": "self", "cross_attn": "cross", "mlp": "mlp"}
 
 
@@ -99,8 +101,8 @@ def measure_changes(saved: SavedAdapter, base: BaseWeights | None) -> dict[str, 
     changes = {}
     for path in saved.paths:
         weight = stand_in(saved, path) if base is None else base.read(path)
-        norm = saved.change(path, weight).norm().item()
-        changes[path] = LayerChange(norm=norm, relative=None if base is None else norm / weight.norm().item())
+        norm, of_weight = saved.change(path, weight).norm().item(), max(weight.norm().item(), _TINY)
+        changes[path] = LayerChange(norm=norm, relative=None if base is None else norm / of_weight)
     return changes
 
 
@@ -136,6 +138,7 @@ def facts(saved: SavedAdapter) -> list[tuple[str, str]]:
         ("file", str(saved.path)),
         ("family", saved.family + (", weight-decomposed" if _has_leaf(saved, "dora_scale") else "")),
         ("rank", _ranks(saved)),
+        *([("block size", str(saved.config.block_size))] if isinstance(saved.config, OftConfig) else []),
         ("effective scale", _counted(f"{scale:g}" for scale in saved.scales.values())),
         (
             "modules",

@@ -246,6 +246,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     attention.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
+    optimizer.state.clear()  # finish needs memory, and nothing is trained after it
     if accelerator.is_main_process:
         if mean is not None:
             with mean.in_place():

@@ -32,7 +32,7 @@ from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
-from sidestep.files import hashes_of, replacing_folder
+from sidestep.files import hashes_of, keep_others, replacing_folder
 from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
@@ -318,8 +318,10 @@ class Run:
             write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
             example = self.dataset[0]
             verify_saved(partial, adapter, transformer, example, self.silence)
+            hashes = hashes_of(partial)
+            keep_others(final, partial)
         record = self.record
-        record.final = hashes_of(final)
+        record.final = hashes
         record.status, record.finished = "finished", now()
         record.step, record.smoothed_loss, record.error = step, smoothed_loss, ""
         record.stopped_early = step < self.num_steps
@@ -502,7 +504,7 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
         if (was := previous["config"].get(key)) != (now_set := getattr(run.config, key)):
             log.info("%s=%s was %s; %s is written again", key, now_set, was, final)
             return None
-    if not final.is_dir() or hashes_of(final) != previous["final"]:
+    if not final.is_dir() or previous["final"].items() - hashes_of(final).items():  # other files may lie there too
         log.warning("%s is not as it was written; it is made again from the last checkpoint", final)
         return None
     limit = "max_epochs" if run.config.max_steps is None else "max_steps"

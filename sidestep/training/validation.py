@@ -208,7 +208,8 @@ class Validation:
         assert self.last is not None
         scales = {}
         for scale in self.run.config.validation.scales:
-            applied = attach_saved(transformer, self.run.output_dir / "best", scale)
+            # training may have left too little memory for the changes of all layers
+            applied = attach_saved(transformer, self.run.output_dir / "best", scale, keep=False)
             scales[scale] = self._losses(transformer, self.held_out, shared=False).mean().item()
             applied.detach()
         for line in verdict(self.last, self.best_step, self.best_loss, scales):
