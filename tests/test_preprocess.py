@@ -454,7 +454,7 @@ def test_a_full_disk_is_not_taken_for_a_bad_song(config, songs, monkeypatch):
     def fail(*args, **kw):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(encode, "save_file", fail)
+    monkeypatch.setattr(encode, "write_tensors", fail)
     with pytest.raises(UserError, match=r"safetensors cannot be written: .*No space left"):
         preprocess(config)
 

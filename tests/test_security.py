@@ -6,10 +6,12 @@ import ast
 import json
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,8 @@ TALKS = {
     "subprocess", "multiprocessing", "socketserver", "http", "urllib", "requests", "httpx", "aiohttp", "ftplib",
     "smtplib", "ssl", "xmlrpc", "webbrowser", "huggingface_hub", "wandb", "posthog", "sentry_sdk", "boto3",
 }  # fmt: skip
+NEEDED = {"processes.py": {"subprocess"}, "reporting/runs.py": {"subprocess"}, "slurm.py": {"subprocess", "input"}}
+"""What single modules may do of this: call Slurm's own programs, without a shell, and ask before cancelling jobs."""
 CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 METHODS = {
     "os.system", "os.popen", "os.spawnl", "os.execv", "os.fork", "os.chmod", "os.umask", "yaml.load",
@@ -42,7 +46,8 @@ MAY_WRITE = {
     "data/encode.py", "data/manifest.py", "exporting/export.py", "exporting/merged.py", "inference/generation.py",
     "inference/music_files.py", "inspecting/inspect.py", "inspecting/plot.py", "training/final.py", "training/run.py",
     "training/state.py", "training/tracking.py", "training/previews.py", "training/validation.py",
-    "inference/previews.py", "reporting/page.py",
+    "inference/previews.py", "reporting/page.py", "reporting/runs.py", "data/listing.py", "data/shards.py", "slurm.py",
+    "sweep.py", "training/fisher.py",
 }  # fmt: skip
 """Modules that make, change or delete files. Each takes the folder from the settings and from nowhere else."""
 
@@ -60,7 +65,7 @@ def keyword(call: ast.Call, name: str) -> object:
     return next((ast.literal_eval(k.value) for k in call.keywords if k.arg == name), None)
 
 
-def faults(source: str, allowed_modules: frozenset[str] = frozenset()) -> list[str]:
+def faults(source: str, allowed: Collection[str] = ()) -> list[str]:
     """Everything in a source that could run what lies in a file or talk to another machine."""
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -68,7 +73,7 @@ def faults(source: str, allowed_modules: frozenset[str] = frozenset()) -> list[s
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             for name in names:
                 first = name.partition(".")[0]
-                if first in (RUNS_CODE | TALKS) - {"pickle"} - allowed_modules:
+                if first in (RUNS_CODE | TALKS) - {"pickle", *allowed} and name != "urllib.parse":
                     found.append(f"line {node.lineno}: import {name}")
             if isinstance(node, ast.ImportFrom) and node.module == "pickle":
                 found.append(f"line {node.lineno}: from pickle import")
@@ -77,7 +82,7 @@ def faults(source: str, allowed_modules: frozenset[str] = frozenset()) -> list[s
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
             last = name.rpartition(".")[2] or (node.func.attr if isinstance(node.func, ast.Attribute) else "")
-            if name in CALLS | METHODS:
+            if name in (CALLS | METHODS) - set(allowed):
                 found.append(f"line {node.lineno}: {name}()")
             if name == "torch.load" and keyword(node, "weights_only") is not True:
                 found.append(f"line {node.lineno}: torch.load without weights_only=True")
@@ -91,12 +96,13 @@ def faults(source: str, allowed_modules: frozenset[str] = frozenset()) -> list[s
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_package_runs_no_code_from_files_and_talks_to_nobody(path):
-    assert faults(path.read_text(encoding="utf-8")) == []
+    name = path.relative_to(ROOT / "sidestep").as_posix()
+    assert faults(path.read_text(encoding="utf-8"), NEEDED.get(name, ())) == []
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_may_download_and_nothing_else(path):
-    assert faults(path.read_text(encoding="utf-8"), frozenset({"huggingface_hub", "urllib", "http"})) == []
+    assert faults(path.read_text(encoding="utf-8"), {"huggingface_hub", "urllib", "http"}) == []
 
 
 @pytest.mark.parametrize(
@@ -245,6 +251,9 @@ def test_libraries_stay_offline_unless_the_user_says_otherwise(monkeypatch, name
 def test_an_adapter_does_not_tell_who_trained_it_where(watched):
     for path in (watched[0] / "outputs/x/lora-turbo-rank2-demo/final").iterdir():
         content = path.read_bytes()
-        for secret in (str(watched[0]), str(watched[1]), os.uname().nodename):
+        for secret in (str(watched[0]), str(watched[1])):
             assert secret.encode() not in content, path.name
+        # a short name of a machine may occur in numbers and in words
+        text = content if path.suffix != ".safetensors" else content[: 8 + int.from_bytes(content[:8], "little")]
+        assert not re.search(rb"\b" + re.escape(os.uname().nodename.encode()) + rb"\b", text), path.name
     assert json.loads((watched[0] / "outputs/x/lora-turbo-rank2-demo/run.json").read_text())["status"] == "finished"
