@@ -13,6 +13,7 @@ from sidestep.data.sampler import (
     excerpt_length,
     excerpt_start,
     window_at,
+    window_frames,
     window_starts,
 )
 from sidestep.seeds import derive_seed
@@ -156,3 +157,7 @@ def test_seeds_differ_by_purpose_and_position_and_fit_a_generator():
     seeds = {derive_seed(0, purpose, a, b) for purpose in ("noise", "dropout") for a in range(30) for b in range(30)}
     assert len(seeds) == 1800
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seconds_that_are_a_whole_number_of_patches_lose_none():
+    assert [window_frames(frames / 25) for frames in range(2, 15_000, 2)] == list(range(2, 15_000, 2))

@@ -296,6 +296,19 @@ def test_songs_jsonl_says_what_every_source_said(folder, capsys):
     assert words(root)["One Love.wav"].caption == "a love song"  # songs.jsonl is the whole truth on a song in it
 
 
+def test_ends_of_lines_within_a_value_are_kept(folder):
+    """U+2028 and U+0085 end a line for Python, but not for JSON, CSV or the people who pasted them."""
+    odd = "one\u2028two\x85three"
+    root = folder({"One Love.lyrics.txt": odd, "metadata.csv": f"file_name,text\nlive/three.mp3,{odd}\n"})
+    before = words(root)
+    assert before["live/three.mp3"].caption.split() == ["one", "two", "three"]
+    list_songs(songs_config(f"audio_dir={root}", "write=true"))
+    after = words(root)
+    assert {name: (song.caption, song.lyrics) for name, song in after.items()} == {
+        name: (song.caption, song.lyrics) for name, song in before.items()
+    }
+
+
 def test_edits_are_shown_and_not_written_until_asked(folder, capsys):
     root = folder({"live/three.caption.txt": "soft, oldtag, slow"})
     typed = [f"audio_dir={root}", "only='live/*'", "remove_tag=oldtag", "add_tag=mystyle"]

@@ -126,7 +126,7 @@ def excerpt_start(num_frames: int, length: int, *, seed: int, song: int, visit: 
 
 def window_frames(seconds: float) -> int:
     """Give the even number of frames in so many seconds."""
-    return PATCH_FRAMES * int(seconds * FRAMES_PER_SECOND / PATCH_FRAMES)
+    return PATCH_FRAMES * int(seconds * FRAMES_PER_SECOND / PATCH_FRAMES + 1e-6)  # 2.32 s are 58 frames, not 57.99
 
 
 def window_starts(num_frames: int, window_frames: int) -> list[int]:

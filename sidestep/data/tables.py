@@ -9,6 +9,7 @@ songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +141,7 @@ def _read_json(path: Path, text: str) -> Table:
 
 def _read_jsonl(path: Path, text: str) -> Table:
     table = Table(path, [])
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other ends of lines may stand in values
         where = f"{path} line {number}"
         if line.strip():
             try:
@@ -153,7 +154,7 @@ def _read_jsonl(path: Path, text: str) -> Table:
 def _read_csv(path: Path, text: str) -> Table:
     head = text.partition("\n")[0]
     delimiter = max(",;\t", key=head.count)
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         names = [name.strip().lower() for name in next(rows, [])]
         table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])

@@ -24,6 +24,7 @@ from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import resolve_targets
+from sidestep.config.data import DataConfig, Excerpts
 from sidestep.config.settings import AnalyzeConfig
 from sidestep.data.dataset import SongDataset, collate
 from sidestep.devices import resolve_device, resolve_dtype
@@ -80,7 +81,8 @@ def analyze(config: AnalyzeConfig) -> Path:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
-    dataset = SongDataset(Path(config.dataset_dir), max_seconds=config.max_seconds, seed=config.seed)
+    excerpts = DataConfig(excerpts=Excerpts.random)  # also of datasets with windows longer than max_seconds
+    dataset = SongDataset(Path(config.dataset_dir), max_seconds=config.max_seconds, seed=config.seed, config=excerpts)
     check_dataset_fits(dataset, checkpoint)
     transformer = checkpoint.load_transformer(device=device, dtype=dtype)
     paths = resolve_targets(transformer, config.target_modules)
