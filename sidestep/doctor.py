@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.cli import run_command
-from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, to_dataclass
+from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, launches_sweep, to_dataclass
 from sidestep.config.naming import run_name
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
+from sidestep.sweep import points_of
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sidestep.doctor")  # __main__ would not be a child of the sidestep logger
 
 
 def doctor_command(config: TrainConfig) -> None:
@@ -33,7 +33,12 @@ def examine_sweep(overrides: Sequence[str]) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sidestep").setLevel(logging.INFO)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    points = [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+    single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        sweeper = compose("train", single, return_hydra_config=True).hydra.sweeper
+    points = points_of(sweeper, overrides)
+    if not points:
+        raise UserError("this sweep chooses its points as it goes; type the settings of one of them without the sweep")
     hours, num_refused = 0.0, 0
     for number, point in enumerate(points, start=1):
         log.info("point %d of %d: %s", number, len(points), " ".join(point))
@@ -66,8 +71,12 @@ def _examine(config: TrainConfig, choices: dict[str, str], overrides: Sequence[s
 
 if __name__ == "__main__":
     typed = [argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun")]
-    if len(typed) < len(sys.argv) - 1 and not {"-h", "--help"} & set(typed):
-        examine_sweep(typed)
+    with_m = len(typed) < len(sys.argv) - 1
+    if not {"-h", "--help"} & set(typed) and (with_m or launches_sweep("train", typed)):
+        try:
+            examine_sweep(typed)
+        except UserError as error:
+            sys.exit(str(error))
     else:
         sys.argv[1:] = typed
         run_command("doctor", TrainConfig, doctor_command)

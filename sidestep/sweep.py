@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,26 @@ class SweepPlan(Callback):
             return
         sweep_dir = Path(config.hydra.sweep.dir)
         sweep_dir.mkdir(parents=True, exist_ok=True)
-        points: list[list[str]] = []  # a sweeper that chooses points as it goes cannot say them now
-        if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
-            params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-            typed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-            points = [overrides for batch in BasicSweeper.split_arguments(typed, None) for overrides in batch]
+        points = points_of(config.hydra.sweeper, config.hydra.overrides.task)
         before = read_plan(sweep_dir)
         jobs = {same_point(point.overrides): point.job for point in before.points} if before is not None else {}
         planned = [PlannedPoint(overrides=point, job=jobs.get(same_point(point), "")) for point in points]
         Plan(launched=now(), points=planned).write(sweep_dir)
         _launched[:] = [sweep_dir]
+
+
+def points_of(sweeper: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+    """What is typed for each point of a sweep; empty for a sweeper that chooses points as it goes.
+
+    Args:
+        sweeper: Hydra's settings of it, ``hydra.sweeper``.
+        overrides: what was typed for the sweep.
+    """
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+    return [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
 
 
 def record_point(run: Callable[[], Any]) -> Any:

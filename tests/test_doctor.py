@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,16 @@ def test_a_sweep_is_summed_up_and_a_point_that_cannot_be_is_named(tmp_path, plac
     assert "adapter.rank=0 must be at least 1" in caplog.text
     assert "2 points: at most 0.00 hours of devices in all; 1 cannot be begun" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("chosen", [["-m", "adapter.rank=2,0"], ["sweep=rank", "adapter.rank=0,2"]])
+def test_the_command_examines_every_point_of_a_sweep_and_launches_nothing(tmp_path, places, chosen):
+    typed = ["device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sidestep.doctor", *places, *typed, *chosen],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "point 2 of " in done.stderr
+    assert "points: at most" in done.stderr
+    assert not (tmp_path / "outputs").exists()

@@ -150,6 +150,18 @@ def test_of_many_points_the_terminal_shows_the_best_and_counts_the_rest(tmp_path
     assert lines[-1] == "60 finished"
 
 
+def test_points_that_were_evaluated_differently_are_not_ranked(tmp_path):
+    for name, objective, evaluated in (("a", 2.0, "one"), ("b", 1.0, "other")):
+        folder = tmp_path / name
+        folder.mkdir()
+        PointRecord(overrides=[f"seed={objective}"], status="finished", objective=objective).write(folder)
+        measured = {"hash": evaluated, "best_loss": objective}
+        (folder / "run.json").write_text(json.dumps({"status": "finished", "validation": measured}))
+    lines = as_table(collect_points(tmp_path), tmp_path).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["a", "b"]
+    assert "evaluated in 2 ways" in lines[-2]
+
+
 def test_a_folder_that_is_no_sweep_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds no sweep \(it is empty\)"):
         collect_points(tmp_path)

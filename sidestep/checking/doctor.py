@@ -83,7 +83,8 @@ def _say_cost(run: Run, need: Need) -> float | None:
     _say(
         "time",
         f"{need.seconds_per_step:.2f} s per step of the longest excerpts; at most {duration(per_epoch)} per epoch and "
-        f"{duration(seconds)} for {run.num_steps} steps: {hours:.2f} hours of {run.device.type}",
+        f"{duration(seconds)} for {run.num_steps} steps: {hours:.2f} hours of {run.device.type}"
+        + (", and evaluations and previews besides" if run.held_out or run.config.previews.every_epochs else ""),
     )
     size = 2 * need.adapter + need.optimizer
     kept = run.config.keep_last or num_checkpoints(run)

@@ -295,7 +295,9 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
 
     Of many points only the best ten, the failed ones and the counts.
     """
-    ranked = sorted(points, key=lambda p: (p.status != "finished", _rank(p.objective), p.name))
+    evaluated = {_evaluated(p) for p in points if p.objective is not None}
+    comparable = len(evaluated) < 2
+    ranked = sorted(points, key=lambda p: (p.status != "finished", _rank(p.objective) if comparable else 0.0, p.name))
     shown = ranked if len(points) <= MANY else ranked[:10]
     keys = [key for key in _keys(points) if len({point.settings.get(key) for point in points}) > 1]
     header = ["point", "status", "objective", "steps", "time", "where"]
@@ -317,6 +319,11 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     ]
     if len(shown) < len(points):
         lines.append(f"... and {len(points) - len(shown)} more in {sweep_dir / 'sweep.csv'}")
+    if not comparable:
+        lines.append(
+            f"these points were evaluated in {len(evaluated)} ways, on other songs, times or models, so their "
+            f"objectives cannot be compared; {sweep_dir / 'sweep.csv'} says which belong together (validation_hash)"
+        )
     failed = [p for p in points if p.status == "failed"]
     lines += [f"{_called(p)} failed: {p.error}" for p in failed[:MANY]]
     counts = Counter(p.status for p in points)
@@ -335,6 +342,11 @@ def _keys(points: Sequence[Point]) -> list[str]:
 
 def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None  # JSON has no NaN
+
+
+def _evaluated(point: Point) -> str:
+    """On what a point was evaluated: the hash of it, or empty where its objective is a training loss."""
+    return str((point.record.get("validation") or {}).get("hash", ""))
 
 
 def _rank(objective: float | None) -> float:
