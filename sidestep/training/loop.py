@@ -216,6 +216,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     steps.flush()
                     save(step)
                     raise Interrupted(stop.received)
+            loss = accelerator.reduce(loss, "mean")
+            mark_bad_loss(parameters, loss)
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
@@ -280,6 +282,18 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
             f"each would train alone"
         )
     return accelerator
+
+
+def mark_bad_loss(parameters: list[nn.Parameter], loss: Tensor) -> None:
+    """Make a gradient NaN if the loss is not finite, since gradients can be finite where the loss overflowed.
+
+    Done on the device, before clipping, so that fp16's scaler sees it too. A finite loss adds 0.
+
+    Args:
+        parameters: what is trained.
+        loss: of the step, the same in all processes; a scalar.
+    """
+    next(parameter.grad for parameter in parameters if parameter.grad is not None).add_(0 * loss)
 
 
 def update_unless_bad(optimizer: AcceleratedOptimizer, grad_norm: Tensor, scaler: torch.amp.GradScaler | None) -> None:
