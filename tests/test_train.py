@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters.files import attach_saved
 from sidestep.errors import UserError
+from sidestep.files import _HOST
 from sidestep.training.state import load_checkpoint
 from tests.factories import run_training, train_config, write_dataset
 
@@ -83,6 +85,7 @@ def test_resume_from_goes_back_to_an_earlier_checkpoint_once(tmp_path, places, p
     assert "is finished at step 12" in caplog.text
     shutil.rmtree(tmp_path / "run/final")
     shutil.rmtree(tmp_path / "run/checkpoints/epoch_3")
+    shutil.rmtree(earlier)  # as rotation would
     caplog.clear()
     run_training(tmp_path / "run", *settings, f"resume_from={target}")
     assert "epoch_2 at step 8" in caplog.text
@@ -250,12 +253,15 @@ def test_checkpoints_come_when_due_though_a_step_ends_several_epochs(tmp_path, c
     assert names == ["epoch_10", "epoch_20", "epoch_22"]
 
 
-def test_a_run_killed_before_final_was_written_still_gets_it(tmp_path, places):
+def test_a_run_killed_before_final_was_written_still_gets_it(tmp_path, places, caplog):
     settings = ("adapter=lora", *places, "max_epochs=1")
     run_training(tmp_path / "run", *settings)
     expected = weights(tmp_path / "run/final")
     shutil.rmtree(tmp_path / "run/final")
+    checkpoint = tmp_path / "run/checkpoints/epoch_1"  # as a kill leaves it, between taking it away and the new one
+    checkpoint.rename(checkpoint.with_name(f".epoch_1.replaced-{_HOST}-{os.getpid()}"))
     run_training(tmp_path / "run", *settings)
+    assert "epoch_1 at step 4" in caplog.text
     torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
 
 
@@ -317,6 +323,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, plac
 
     assert "epoch_3" in caplog.text
     assert "epoch_2 at step 8" in caplog.text
+    (aside,) = (tmp_path / "run/set_aside").iterdir()
+    assert [path.name for path in aside.iterdir()] == ["epoch_3"]
     torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
 
 

@@ -26,7 +26,7 @@ from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
-from sidestep.files import alone_in
+from sidestep.files import alone_in, remove_abandoned
 from sidestep.processes import Agreement, check_together, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
@@ -89,6 +89,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     accelerator = make_accelerator(run.precision, run.device)
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     with accelerator.main_process_first():  # it may set later checkpoints aside
+        if accelerator.is_main_process:
+            for folder in (run.output_dir, run.output_dir / "checkpoints"):
+                remove_abandoned(folder)  # and bring back what a kill left without its name
         start = run.find_start()
     if accelerator.num_processes > 1:
         check_together(
@@ -152,7 +155,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     steps = StepLog(run, accelerator, first_step, start.smoothed_loss if start is not None else None)
 
     def save(step: int) -> None:
-        if accelerator.is_main_process and step > first_step:
+        if accelerator.is_main_process and step > first_step and step != run.record.step:  # else it is saved already
             best = validation.state() if validation is not None else {}
             ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler

@@ -70,7 +70,7 @@ class StepLog:
         self._num_tokens += batch.latents.shape[0] * batch.latents.shape[1] // PATCH_FRAMES
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Remember one optimiser step; ``loss``, the mean over processes, and ``grad_norm`` are scalars on the device."""
+        """Remember one optimiser step; ``loss`` (the mean over processes) and ``grad_norm`` are on the device."""
         self._pending.append((step, loss, grad_norm, lr))
         if self.is_main:
             self._progress.advance()
