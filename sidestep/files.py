@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
 
 
-_LEFT = re.compile(rf"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-{_HOST}-(?P<process>\d{1, 9})")
+_LEFT = re.compile(rf"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-{_HOST}-(?P<process>\d{{1,9}})")
 
 
 def _own(path: Path, kind: str) -> Path:
