@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters.files import attach_saved
 from sidestep.errors import UserError
 from sidestep.files import _HOST
+from sidestep.reporting.runs import _point
 from sidestep.training.state import load_checkpoint
+from sidestep.training.tracking import RunRecord, drop_later_lines, read_record
 from tests.factories import run_training, train_config, write_dataset
 
 FAMILIES = {
@@ -230,6 +233,40 @@ def test_another_shift_is_written_into_a_finished_run(tmp_path, places):
     run_training(tmp_path / "run", *places, "max_epochs=1", "shift=2")
     assert "shift 2" in (tmp_path / "run/final/README.md").read_text()
     torch.testing.assert_close(weights(tmp_path / "run/final"), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory_gib": "much"},
+        {"train_seconds": [1]},
+        {"step": 10**400},
+        {"smoothed_loss": "low"},
+        {"validation": []},
+        {"validation": {"best_loss": "low"}},
+        {"went_back_to": 5},
+        [],
+    ],
+    ids=str,
+)
+def test_a_record_with_values_of_other_kinds_is_passed_over_with_a_warning(tmp_path, caplog, wrong):
+    right = asdict(RunRecord(tmp_path / "run.json", status="finished")) | {"path": ""}
+    (tmp_path / "run.json").write_text(json.dumps(right))
+    assert read_record(tmp_path / "run.json") == right
+    (tmp_path / "run.json").write_text(json.dumps(right | wrong if isinstance(wrong, dict) else wrong))
+    assert read_record(tmp_path / "run.json") == {}
+    assert "cannot be understood" in caplog.text
+    caplog.clear()
+    point = _point(tmp_path, None, "", None)
+    assert point.record == {}
+    assert "passing over" in caplog.text
+
+
+def test_lines_about_steps_that_are_no_number_are_dropped(tmp_path):
+    lines = ['{"step": 1}', f'{{"step": 1{"0" * 400}}}', '{"step": 1e999}', "[" * 100_000, '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    drop_later_lines(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])

@@ -509,10 +509,11 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     """The result of a run that was finished before, if nothing about it would be different now."""
     final = run.output_dir / "final"
     patience = run.config.validation.patience
-    gave_up = previous.get("stopped_early") and previous["config"]["validation"]["patience"] == patience
+    before = previous.get("config", {}).get("validation")
+    gave_up = previous.get("stopped_early") and isinstance(before, dict) and before.get("patience") == patience
     if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
         return None
-    if previous["smoothed_loss"] is None:
+    if previous["smoothed_loss"] is None or (run.held_out and previous.get("validation", {}).get("best_loss") is None):
         return None
     resume_from = run.config.resume_from
     if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
@@ -522,7 +523,8 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
         if (was := previous["config"].get(key)) != (now_set := getattr(run.config, key)):
             log.info("%s=%s was %s; %s is written again", key, now_set, was, final)
             return None
-    if not final.is_dir() or previous["final"].items() - hashes_of(final).items():  # other files may lie there too
+    hashes = hashes_of(final) if final.is_dir() else {}  # other files may lie there too
+    if not previous["final"] or any(hashes.get(name) != written for name, written in previous["final"].items()):
         log.warning("%s is not as it was written; it is made again from the last checkpoint", final)
         return None
     limit = "max_epochs" if run.config.max_steps is None else "max_steps"
