@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -74,6 +75,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def ensure_readable(path: Path) -> None:
     """Raise what keeps a file from being opened; safetensors would say that it does not exist, whatever it is."""
+    if path.is_fifo():  # opening it would wait for ever
+        raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
     path.open("rb").close()
 
 
