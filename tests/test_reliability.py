@@ -170,7 +170,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch
 
 def test_after_too_many_bad_steps_the_last_good_state_is_saved_and_the_cause_named(tmp_path, places):
     with pytest.raises(UserError) as raised:
-        run_training(tmp_path / "run", *places, "max_epochs=50", "optim.lr=1e38", "optim.max_grad_norm=1e38")
+        run_training(tmp_path / "run", *places, "max_epochs=50", "optim.lr=1e37", "optim.max_grad_norm=1e38")
     message = str(raised.value)
     assert "5 steps in a row" in message
     assert "the songs were song" in message
