@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -24,9 +25,17 @@ log = logging.getLogger(__name__)
 _HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
 
 
-def _own() -> str:
-    """Ends the name of everything this process has not finished writing."""
-    return f".partial-{_HOST}-{os.getpid()}"
+_LEFT = re.compile(rf"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-{_HOST}-(?P<process>\d{{1,9}})")
+
+
+def _own(path: Path, kind: str) -> Path:
+    """The hidden name under which this process keeps what it has not finished with.
+
+    Args:
+        path: what it is to become, or was.
+        kind: ``partial`` is being written, ``replaced`` may be needed again, ``doomed`` is being deleted.
+    """
+    return path.with_name(f".{path.name}.{kind}-{_HOST}-{os.getpid()}")
 
 
 def describe(folder: Path, limit: int = 5) -> str:
@@ -66,6 +75,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def ensure_readable(path: Path) -> None:
     """Raise what keeps a file from being opened; safetensors would say that it does not exist, whatever it is."""
+    if path.is_fifo():  # opening it would wait for ever
+        raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
     path.open("rb").close()
 
 
@@ -87,7 +98,7 @@ def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; once the block ends without an error, it becomes ``path``."""
-    partial = path.with_name(f".{path.name}{_own()}")
+    partial = _own(path, "partial")
     try:
         with naming(path, partial):
             yield partial
@@ -105,17 +116,20 @@ def remove_abandoned(folder: Path) -> None:
     """
     import psutil
 
-    for partial in folder.glob(f".*.partial-{_HOST}-*"):
-        process = int(partial.name.rpartition("-")[2])
+    for path in folder.glob(".*"):
+        left = _LEFT.fullmatch(path.name)
+        if left is None:
+            continue
+        process = int(left["process"])
         # in a container a new process often gets the number of the one that was killed
         if process == os.getpid() or not psutil.pid_exists(process):
-            target = folder / partial.name.partition(".partial-")[0].removesuffix("-old").removeprefix(".")
-            if "-old.partial-" in partial.name and not target.exists():
-                os.replace(partial, target)  # killed between taking the old folder away and putting the new one there
-            elif partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
+            target = folder / left["name"]
+            if left["kind"] == "replaced" and not target.exists():
+                os.replace(path, target)  # killed between taking the old folder away and putting the new one there
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                partial.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,7 +137,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
-    partial = folder.with_name(f".{folder.name}{_own()}")
+    partial = _own(folder, "partial")
     partial.mkdir()
     try:
         with naming(folder, partial):
@@ -131,7 +145,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             for path in sorted(partial.rglob("*"), reverse=True):
                 sync(path)
             sync(partial)
-            old = folder.with_name(f".{folder.name}-old{_own()}")
+            old = _own(folder, "replaced")
             if folder.exists():
                 os.replace(folder, old)  # a folder cannot replace one that is not empty
             os.replace(partial, folder)
@@ -188,7 +202,7 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
 @contextmanager
 def discarding(folder: Path) -> Iterator[Path]:
     """Take a folder out of sight before the block deletes it, so that nobody finds it half-deleted."""
-    doomed = folder.with_name(f".{folder.name}-old{_own()}")
+    doomed = _own(folder, "doomed")
     os.replace(folder, doomed)
     yield doomed
 

@@ -332,6 +332,8 @@ DATASETS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "a broken line": ("train", write_file("dataset/songs.jsonl", '{"audio": '), {}, ["songs.jsonl line 1"]),
     "a line of another kind": ("train", write_file("dataset/songs.jsonl", "[1, 2]"), {}, ["songs.jsonl line 1"]),
     "a song without latents": ("train", change_song(latents=...), {}, ["songs.jsonl line 1", "latents"]),
+    "half a character in songs.jsonl": (
+        "train", change_song(audio="a\ud800.wav"), {}, ["songs.jsonl line 1", "audio", "no character"]),
     "frames in words": ("train", change_song(num_frames="many"), {}, ["songs.jsonl line 1", "num_frames", "'many'"]),
     "fewer frames than a patch": ("train", change_song(num_frames=1), {}, ["song0.wav", "1 frames"]),
     "more frames than there are": ("train", change_song(num_frames=10**6), {}, ["song0.safetensors", "shorter"]),

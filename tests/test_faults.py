@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
 import shutil
+import signal
 import stat
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sidestep.errors import UserError
-from sidestep.files import naming, replacing_folder, write_tensors
-from sidestep.training.state import load_checkpoint, newest_checkpoint, read_manifest
+from sidestep.files import _HOST, naming, remove_abandoned, replacing_folder, write_tensors
+from sidestep.training.run import Run
+from sidestep.training.signals import Interrupted
+from sidestep.training.state import (
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+    remove_old_checkpoints,
+    write_manifest,
+)
 from tests.audio_files import write
 from tests.factories import run_training
 from tests.processes import Command, at_call, obey_permissions
@@ -214,6 +224,76 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_and_the_one_before_it_taken(
             assert str(newest) in caplog.text
             assert path.name in caplog.text
         path.write_bytes(whole)
+
+
+def write_checkpoints(run: Path, **steps: int) -> Path:
+    """Folders with nothing but a right manifest."""
+    for name, step in steps.items():
+        (run / "checkpoints" / name).mkdir(parents=True)
+        write_manifest(run / "checkpoints" / name, step)
+    return run / "checkpoints"
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_rotation_keeps_what_was_just_saved_and_leaves_later_steps_and_other_names_alone(tmp_path):
+    checkpoints = write_checkpoints(tmp_path, epoch_10=40, step_45=45, epoch_16=64, epoch_5_copy1=20, mine_5=20)
+    remove_old_checkpoints(tmp_path, 45, keep_last=1, keep_every=None)
+    assert names_in(checkpoints) == ["epoch_16", "epoch_5_copy1", "mine_5", "step_45"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    write_checkpoints(tmp_path, epoch_1=4, epoch_2=8)
+    (tmp_path / "checkpoints/epoch_1/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"\(epoch_1, epoch_2 are damaged\); move .*/checkpoints away"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_disk_that_fails_to_read_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, epoch_1=4)
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_signal_right_after_a_save_does_not_save_the_same_step_again(
+    tmp_path, checkpoint_dir, dataset_dir, monkeypatch
+):
+    saved, save = [], Run.save_checkpoint
+
+    def save_and_stop(run, step, *arguments, **options):
+        saved.append(step)
+        save(run, step, *arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save_checkpoint", save_and_stop)
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
+    with pytest.raises(Interrupted):
+        run_training(tmp_path, *places, "max_epochs=5", "save_every_steps=1")
+    assert saved == [1]
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_rotate_nothing_away(tmp_path, checkpoint_dir, dataset_dir):
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}")
+    with pytest.raises(UserError, match=r"weights are not finite at step 1 \(first .*use a lower optim\.lr"):
+        run_training(tmp_path / "run", *places, "optim.weight_decay=1e308", "optim.lr=1e308", "save_every_steps=1")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_only_what_was_replaced_comes_back_after_a_kill_not_what_was_being_deleted(tmp_path):
+    ended = f"{_HOST}-{os.getpid()}"
+    for name in (f".best.replaced-{ended}", f".epoch_1.doomed-{ended}", f".voice-old.partial-{ended}"):
+        (tmp_path / name).mkdir()
+    for odd in (f".x.partial-{_HOST}-y", f".x.partial-{_HOST}-"):
+        (tmp_path / odd).mkdir()
+    remove_abandoned(tmp_path)
+    assert names_in(tmp_path) == [f".x.partial-{_HOST}-", f".x.partial-{_HOST}-y", "best"]
 
 
 # how files are written

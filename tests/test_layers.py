@@ -16,6 +16,7 @@ LAYERS = [
         "errors",
         "times",
         "files",
+        "records",
         "processes",
         "seeds",
         "devices",

@@ -413,6 +413,27 @@ def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, l
         assert f"{folder / file} is damaged" in caplog.text
 
 
+def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, songs, monkeypatch):
+    path = Path(config.audio_dir) / "a/one.wav"
+    read = encode.read_audio
+
+    def change_meanwhile(song, *arguments):
+        if song == path:
+            os.utime(path, ns=(0, 0))
+        return read(song, *arguments)
+
+    monkeypatch.setattr(encode, "read_audio", change_meanwhile)
+    summary = preprocess(config)
+    assert summary.failed["a/one.wav"] == f"{path} changed while it was read; type the same command again"
+    assert len(read_manifest(Path(config.dataset_dir))[1]) == len(summary.changed)
+
+
+def test_a_named_pipe_among_the_songs_is_refused_instead_of_waited_for(config, songs):
+    os.mkfifo(Path(config.audio_dir) / "pipe.wav")
+    with pytest.raises(UserError, match=r"pipe\.wav is not a regular file"):
+        preprocess(config)
+
+
 def test_a_second_process_in_the_same_folder_is_refused(config, songs):
     folder = Path(config.dataset_dir)
     folder.mkdir()

@@ -145,7 +145,8 @@ def test_only_the_newest_checkpoints_are_kept_if_asked_and_those_at_round_number
     assert (tmp_path / "run/best").is_dir()
 
 
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch, caplog):
+@pytest.mark.parametrize("gradient", ["infinite", "finite"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch, caplog, gradient):
     """One loss is made infinite; the weights after that step are those before it, and the run goes on."""
     from sidestep.training.flow import VelocityLoss
 
@@ -153,7 +154,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch
 
     def broken_once(self, *arguments):
         calls.append(None)
-        return loss(self, *arguments) * (float("inf") if len(calls) == 3 else 1.0)
+        right = loss(self, *arguments)
+        if len(calls) != 3:
+            return right
+        return right * float("inf") if gradient == "infinite" else right + float("inf")
 
     monkeypatch.setattr(VelocityLoss, "loss", broken_once)
     run_training(tmp_path / "run", *places, "max_epochs=null", "max_steps=4", "save_every_steps=1")
@@ -166,7 +170,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, places, monkeypatch
 
 def test_after_too_many_bad_steps_the_last_good_state_is_saved_and_the_cause_named(tmp_path, places):
     with pytest.raises(UserError) as raised:
-        run_training(tmp_path / "run", *places, "max_epochs=50", "optim.lr=1e38", "optim.max_grad_norm=1e38")
+        run_training(tmp_path / "run", *places, "max_epochs=50", "optim.lr=1e37", "optim.max_grad_norm=1e38")
     message = str(raised.value)
     assert "5 steps in a row" in message
     assert "the songs were song" in message
@@ -178,6 +182,15 @@ def test_after_too_many_bad_steps_the_last_good_state_is_saved_and_the_cause_nam
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] is None
     assert not (tmp_path / "run/final").exists()
+
+
+def test_a_loss_that_overflows_alone_is_told_from_gradients_that_do(tmp_path, places, monkeypatch):
+    from sidestep.training.flow import VelocityLoss
+
+    loss = VelocityLoss.loss
+    monkeypatch.setattr(VelocityLoss, "loss", lambda *arguments: loss(*arguments) + float("inf"))
+    with pytest.raises(UserError, match=r"5 steps in a row, .*; it arises in the loss; "):
+        run_training(tmp_path / "run", *places, "max_epochs=50")
 
 
 MOMENTS = ("training ", "step ", "saved ", "saved ", "all ", "finished ")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters.files import attach_saved
 from sidestep.errors import UserError
+from sidestep.files import _HOST
+from sidestep.reporting.runs import _point
 from sidestep.training.state import load_checkpoint
+from sidestep.training.tracking import RunRecord, drop_later_lines, read_record
 from tests.factories import run_training, train_config, write_dataset
 
 FAMILIES = {
@@ -83,6 +88,7 @@ def test_resume_from_goes_back_to_an_earlier_checkpoint_once(tmp_path, places, p
     assert "is finished at step 12" in caplog.text
     shutil.rmtree(tmp_path / "run/final")
     shutil.rmtree(tmp_path / "run/checkpoints/epoch_3")
+    shutil.rmtree(earlier)  # as rotation would
     caplog.clear()
     run_training(tmp_path / "run", *settings, f"resume_from={target}")
     assert "epoch_2 at step 8" in caplog.text
@@ -229,6 +235,40 @@ def test_another_shift_is_written_into_a_finished_run(tmp_path, places):
     torch.testing.assert_close(weights(tmp_path / "run/final"), kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory_gib": "much"},
+        {"train_seconds": [1]},
+        {"step": 10**400},
+        {"smoothed_loss": "low"},
+        {"validation": []},
+        {"validation": {"best_loss": "low"}},
+        {"went_back_to": 5},
+        [],
+    ],
+    ids=str,
+)
+def test_a_record_with_values_of_other_kinds_is_passed_over_with_a_warning(tmp_path, caplog, wrong):
+    right = asdict(RunRecord(tmp_path / "run.json", status="finished")) | {"path": ""}
+    (tmp_path / "run.json").write_text(json.dumps(right))
+    assert read_record(tmp_path / "run.json") == right
+    (tmp_path / "run.json").write_text(json.dumps(right | wrong if isinstance(wrong, dict) else wrong))
+    assert read_record(tmp_path / "run.json") == {}
+    assert "cannot be understood" in caplog.text
+    caplog.clear()
+    point = _point(tmp_path, None, "", None)
+    assert point.record == {}
+    assert "passing over" in caplog.text
+
+
+def test_lines_about_steps_that_are_no_number_are_dropped(tmp_path):
+    lines = ['{"step": 1}', f'{{"step": 1{"0" * 400}}}', '{"step": 1e999}', "[" * 100_000, '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    drop_later_lines(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_a_damaged_record_of_a_run_does_not_keep_it_from_going_on(tmp_path, places, name):
     settings = ("adapter=lora", *places)
@@ -250,12 +290,15 @@ def test_checkpoints_come_when_due_though_a_step_ends_several_epochs(tmp_path, c
     assert names == ["epoch_10", "epoch_20", "epoch_22"]
 
 
-def test_a_run_killed_before_final_was_written_still_gets_it(tmp_path, places):
+def test_a_run_killed_before_final_was_written_still_gets_it(tmp_path, places, caplog):
     settings = ("adapter=lora", *places, "max_epochs=1")
     run_training(tmp_path / "run", *settings)
     expected = weights(tmp_path / "run/final")
     shutil.rmtree(tmp_path / "run/final")
+    checkpoint = tmp_path / "run/checkpoints/epoch_1"  # as a kill leaves it, between taking it away and the new one
+    checkpoint.rename(checkpoint.with_name(f".epoch_1.replaced-{_HOST}-{os.getpid()}"))
     run_training(tmp_path / "run", *settings)
+    assert "epoch_1 at step 4" in caplog.text
     torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
 
 
@@ -317,6 +360,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, plac
 
     assert "epoch_3" in caplog.text
     assert "epoch_2 at step 8" in caplog.text
+    (aside,) = (tmp_path / "run/set_aside").iterdir()
+    assert [path.name for path in aside.iterdir()] == ["epoch_3"]
     torch.testing.assert_close(weights(tmp_path / "run/final"), expected, rtol=0, atol=0)
 
 

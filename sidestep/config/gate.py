@@ -125,8 +125,10 @@ def to_dataclass(config: DictConfig, root: type[T]) -> T:
         example = EXAMPLES.get(missing[0], f"{missing[0]}=...")
         raise UserError(f"{', '.join(missing)} must be set, for example {example}")
     for key, value in _numbers(config):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number")
+        if abs(value) > (largest := _largest(key, value)):
+            raise UserError(f"{key}={value} is too large; it may be {largest:g} at most")
     try:
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
@@ -219,10 +221,20 @@ def _numbers(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[
     keys: Sequence[Any] = [str(key) for key in node] if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
         value = node[key]
-        if isinstance(value, float):
+        if isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{key}", value
         elif isinstance(value, DictConfig | ListConfig):
             yield from _numbers(value, f"{prefix}{key}.")
+
+
+def _largest(key: str, value: float) -> float:
+    """What a number may be, far past what has a use, so that none overflows in the middle of a run."""
+    name = key.rpartition(".")[2]
+    if name.endswith("seconds"):
+        return 1e6
+    if name in ("shift", "scale", "alpha"):
+        return 1e4
+    return 2**31 if isinstance(value, int) and "seed" not in key else math.inf
 
 
 def _unknown_keys(node: DictConfig, root: type[Any], parent: str = "") -> Iterator[tuple[str, str, list[str]]]:

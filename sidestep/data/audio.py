@@ -33,7 +33,8 @@ def find_audio(folder: Path) -> list[Path]:
     Hidden files and folders are passed over; linked folders are followed, each at most once.
 
     Raises:
-        UserError: if there is no such folder, a folder in it cannot be read, or there is no audio.
+        UserError: if there is no such folder, a folder in it cannot be read, a song is no regular file, or there is no
+            audio.
     """
 
     def refuse(error: OSError) -> None:
@@ -51,6 +52,9 @@ def find_audio(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    for path in found:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise UserError(f"{path} is not a regular file; take it out of audio_dir={folder}")
     if not found:
         raise UserError(f"audio_dir={folder} holds no songs ({', '.join(SUFFIXES)}); {describe(folder)}")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)

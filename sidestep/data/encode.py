@@ -344,8 +344,10 @@ def _encode_songs(
 ) -> dict[str, Path]:
     """Encode the audio that was not encoded before; return the latents file of every song that has one."""
     files: dict[str, Path] = {}
+    hashed: dict[str, tuple[int, int]] = {}
     for song in songs:
         try:
+            hashed[song.name] = _version(song.path)
             key = _key(sha256_of(song.path), config.max_song_seconds, vae_fingerprint, config.seed)
         except OSError as error:
             summary.failed[song.name] = f"{song.path} cannot be read: {error}"
@@ -361,7 +363,9 @@ def _encode_songs(
                 if files[name] not in done:  # another song may have the same audio
                     try:
                         latents, loudest = _encode_song(vae, todo[name], files[name].stem, config)
-                    except UserError as error:
+                        if _version(todo[name]) != hashed[name]:  # it would be kept under the hash of the old audio
+                            raise UserError(f"{todo[name]} changed while it was read; type the same command again")
+                    except (UserError, FileNotFoundError) as error:
                         summary.failed[name] = str(error)
                         del files[name]
                         continue
@@ -376,6 +380,12 @@ def _encode_songs(
         del vae
         _free_memory(device)
     return files
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds, which tell whether a file was written to."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _encode_song(vae: Any, path: Path, key: str, config: PreprocessConfig) -> tuple[Tensor, float]:

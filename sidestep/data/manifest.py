@@ -151,6 +151,10 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     if not songs:
         raise UserError(f"{songs_file} names no songs; {AGAIN}")
     for n, song in enumerate(songs, start=1):
+        if "\\ud" in lines[n - 1].lower():  # half a surrogate pair cannot be written anywhere
+            for key, value in dataclasses.asdict(song).items():
+                if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+                    raise UserError(f"{songs_file} line {n}: {key} holds what is no character, {value!r:.60}; {AGAIN}")
         for file in (song.latents, song.conditions):
             if ".." in file or not _FILE.fullmatch(file):
                 raise UserError(f"{songs_file}: {file[:60]!r} is no file of the dataset folder; {AGAIN}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sidestep.files import write_text
+from sidestep.records import parse_json
 from sidestep.reporting.runs import Point, collect_points
 from sidestep.times import now
 
@@ -109,7 +110,11 @@ def _read_run(point: Point, folder: Path, page_dir: Path) -> PageRun:
     )
     if not point.name:
         return run
-    rows = [(row["step"], row["loss"]) for row in _rows(folder / "metrics.jsonl") if _finite(row.get("step"))]
+    rows = [
+        (row["step"], row["loss"])
+        for row in _rows(folder / "metrics.jsonl")
+        if _finite(row.get("step")) and "loss" in row
+    ]
     size = max(1, math.ceil(len(rows) / _CURVE))
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -177,7 +182,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _json(text: str) -> dict[str, Any]:
     """Parse an object; what a killed run left unreadable, or is something else, counts as empty."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

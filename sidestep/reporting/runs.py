@@ -27,6 +27,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.files import describe, write_text
+from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def collect_points(sweep_dir: Path) -> list[Point]:
 
 
 def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str, str] | None) -> Point:
-    record = _read_json(folder / RUN)
+    record = _read_json(folder / RUN, parse_record)
     trained = record.get("status") == "finished"
     point = Point(
         name=folder.name,
@@ -234,12 +235,12 @@ def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(o for o in overrides if re.split("[./=@]", o.lstrip("+~"))[0] not in _WHERE))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("passing over %s, which cannot be read: %s", path, error)
         return {}
     return values if isinstance(values, dict) else {}

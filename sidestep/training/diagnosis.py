@@ -48,7 +48,10 @@ def explain_bad_step(step: int, forward: Forward, run: Run, adapter: Adapter, ac
         for leaf, parameter in leaves.items()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    where = f"first in the output of {next(iter(layers))}" if layers else f"in the gradient of {_some(gradients)}"
+    if layers:
+        where = f"first in the output of {next(iter(layers))}"
+    else:
+        where = f"in the gradient of {_some(gradients)}" if gradients else "in the loss"
     return f"the songs were {', '.join(songs)}; it arises {where}"
 
 
@@ -61,4 +64,4 @@ def _note_first(name: str, layers: dict[str, None]) -> Any:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "no layer"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

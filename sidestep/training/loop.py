@@ -26,7 +26,7 @@ from sidestep.adapters import Adapter
 from sidestep.config.settings import TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
-from sidestep.files import alone_in
+from sidestep.files import alone_in, remove_abandoned
 from sidestep.processes import Agreement, check_together, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
@@ -89,6 +89,9 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     accelerator = make_accelerator(run.precision, run.device)
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     with accelerator.main_process_first():  # it may set later checkpoints aside
+        if accelerator.is_main_process:
+            for folder in (run.output_dir, run.output_dir / "checkpoints"):
+                remove_abandoned(folder)  # and bring back what a kill left without its name
         start = run.find_start()
     if accelerator.num_processes > 1:
         check_together(
@@ -152,7 +155,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     steps = StepLog(run, accelerator, first_step, start.smoothed_loss if start is not None else None)
 
     def save(step: int) -> None:
-        if accelerator.is_main_process and step > first_step:
+        if accelerator.is_main_process and step > first_step and step != run.record.step:  # else it is saved already
             best = validation.state() if validation is not None else {}
             ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler
@@ -216,6 +219,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     steps.flush()
                     save(step)
                     raise Interrupted(stop.received)
+            loss = accelerator.reduce(loss, "mean")
+            mark_bad_loss(parameters, loss)
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
@@ -280,6 +285,18 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
             f"each would train alone"
         )
     return accelerator
+
+
+def mark_bad_loss(parameters: list[nn.Parameter], loss: Tensor) -> None:
+    """Make a gradient NaN if the loss is not finite, since gradients can be finite where the loss overflowed.
+
+    Done on the device, before clipping, so that fp16's scaler sees it too. A finite loss adds 0.
+
+    Args:
+        parameters: what is trained.
+        loss: of the step, the same in all processes; a scalar.
+    """
+    next(parameter.grad for parameter in parameters if parameter.grad is not None).add_(0 * loss)
 
 
 def update_unless_bad(optimizer: AcceleratedOptimizer, grad_norm: Tensor, scaler: torch.amp.GradScaler | None) -> None:

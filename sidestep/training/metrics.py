@@ -32,7 +32,7 @@ class StepLog:
 
     Args:
         run: whose folder is written to.
-        accelerator: averages losses over processes.
+        accelerator: knows the processes and the device.
         first_step: steps already done.
         smoothed_loss: the running mean of the loss that a continued run starts from; None at the beginning.
     """
@@ -70,7 +70,7 @@ class StepLog:
         self._num_tokens += batch.latents.shape[0] * batch.latents.shape[1] // PATCH_FRAMES
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Remember one optimiser step; ``loss`` and ``grad_norm`` are scalars on the device."""
+        """Remember one optimiser step; ``loss`` (the mean over processes) and ``grad_norm`` are on the device."""
         self._pending.append((step, loss, grad_norm, lr))
         if self.is_main:
             self._progress.advance()
@@ -95,7 +95,6 @@ class StepLog:
             return
         steps, losses, grad_norms, lrs = zip(*self._pending, strict=True)
         numbers = torch.stack([torch.stack(losses), torch.stack(grad_norms).float()])  # (2, steps)
-        numbers[0] = self.accelerator.reduce(numbers[0], "mean")
         seconds = (time.monotonic() - self._last_flush) / len(steps)
         for step, loss, grad_norm, lr in zip(steps, *numbers.tolist(), lrs, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):

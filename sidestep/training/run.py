@@ -41,10 +41,10 @@ from sidestep.training.state import (
     TrainingState,
     check_same_settings,
     checkpoint_folder,
+    checkpoint_folders,
     checkpoints_by_step,
     load_checkpoint,
     newest_checkpoint,
-    read_manifest,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -187,10 +187,11 @@ class Run:
         newest = newest_checkpoint(self.output_dir)
         folder, state = newest if newest is not None else (None, None)
         if config.resume_from is not None:
-            wanted = checkpoint_folder(Path(config.resume_from))
-            goes_back = self._is_own(wanted) and not self._went_back_to(wanted)
-            if goes_back or folder is None:
-                folder, state = wanted, load_checkpoint(wanted)
+            # compared by name: rotation may have removed it since
+            own = self._own_checkpoint(config.resume_from)
+            if folder is None or (own is not None and own != self._own_checkpoint(self.record.went_back_to)):
+                folder = checkpoint_folder(Path(config.resume_from))
+                state = load_checkpoint(folder)
             else:
                 log.info("resume_from=%s was done before; going on from the newest checkpoint", config.resume_from)
         if folder is None or state is None:
@@ -212,19 +213,20 @@ class Run:
             )
         log.info("continuing from %s at step %d", folder, state.step)
         self.record.resumed_from = str(folder)
-        if config.resume_from is not None and self._is_own(folder) and self.process == 0:
+        if self._own_checkpoint(str(folder)) is not None and self.process == 0:
             # only now that nothing can be refused any more
             self._set_aside_after(state.step)
-            self.record.went_back_to = str(Path(config.resume_from).resolve())
-            self.record.write()
+            if config.resume_from is not None:
+                self.record.went_back_to = str(Path(config.resume_from).resolve())
+                self.record.write()
         return state
 
-    def _is_own(self, checkpoint: Path) -> bool:
-        return checkpoint.resolve().parent.parent == self.output_dir.resolve()
-
-    def _went_back_to(self, checkpoint: Path) -> bool:
-        """Whether the same command went back to this checkpoint before, so that now it goes on from there."""
-        return checkpoint_folder(Path(self.record.went_back_to)) == checkpoint if self.record.went_back_to else False
+    def _own_checkpoint(self, path: str) -> Path | None:
+        """The folder in this run's checkpoints/ that a path is or lies in, whether it exists or not."""
+        own, resolved = self.output_dir.resolve() / "checkpoints", Path(path).resolve()
+        if resolved == own or not resolved.is_relative_to(own):
+            return None
+        return own / resolved.relative_to(own).parts[0]
 
     def read_initial(self) -> SavedAdapter | None:
         """Read the adapter that a new run starts from, if one is named.
@@ -280,7 +282,11 @@ class Run:
         ema: dict[str, Tensor],
         validation: dict[str, Any],
     ) -> None:
-        """Write the checkpoint of a step."""
+        """Write the checkpoint of a step.
+
+        Raises:
+            UserError: if the weights are not finite: a checkpoint of them would rotate good ones away.
+        """
         state = TrainingState(
             step=step,
             num_steps=self.num_steps,
@@ -292,13 +298,21 @@ class Run:
             ema=ema,
             validation=validation,
         )
+        if bad := [name for name, tensor in state.adapter.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"the adapter's weights are not finite at step {step} (first {bad[0]}), so they are not saved; "
+                f"checkpoints before it are kept; use a lower optim.lr than {self.config.optim.lr:g} or "
+                f"optim.weight_decay, under another name=..."
+            )
         folder = self.output_dir / "checkpoints" / (self.checkpoint_name(step) or f"step_{step}")
         save_checkpoint(folder, state, lambda partial: adapter.save(partial, self.metadata(step)))
         self.record.step, self.record.smoothed_loss = step, smoothed_loss
         self.record.write()
         log.info("saved %s", folder)
         if self.config.keep_last is not None:
-            remove_old_checkpoints(self.output_dir, keep_last=self.config.keep_last, keep_every=self.config.keep_every)
+            remove_old_checkpoints(
+                self.output_dir, step, keep_last=self.config.keep_last, keep_every=self.config.keep_every
+            )
 
     def save_adapter(self, folder: str, step: int, adapter: Adapter) -> None:
         """Write best/, the adapter with the lowest validation loss so far, or final_ema/, the mean of its weights."""
@@ -364,9 +378,13 @@ class Run:
         return {"sidestep": json.dumps(about, sort_keys=True)}
 
     def _set_aside_after(self, step: int) -> None:
-        """Move checkpoints past a step out of the way, so that going back does not end at the newest again."""
-        for folder in checkpoints_by_step(self.output_dir):
-            if read_manifest(folder)["step"] > step:
+        """Move checkpoints past a step, and those without a readable manifest, out of the way.
+
+        They were passed over or gone back from: the run must not end at one of them again, nor rotation count them.
+        """
+        steps = {folder: number for number, folder in checkpoints_by_step(self.output_dir)}
+        for folder in checkpoint_folders(self.output_dir):
+            if steps.get(folder, math.inf) > step:
                 aside = self.output_dir / "set_aside" / now().replace(":", "")
                 aside.mkdir(parents=True, exist_ok=True)
                 os.replace(folder, aside / folder.name)
@@ -438,8 +456,8 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         init_fingerprint=_init_fingerprint(config, previous),
     )
     record.settings = run.training_settings()
-    if config.resume is Resume.never and (before := checkpoints_by_step(output_dir)):
-        raise UserError(f"resume=never, but {before[0]} exists; give this run another name=..., or leave resume out")
+    if config.resume is Resume.never and (before := checkpoint_folders(output_dir)):
+        raise UserError(f"resume=never, but {before[-1]} exists; give this run another name=..., or leave resume out")
     run.finished_loss = _finished_loss(run, previous)
     return run
 
@@ -491,10 +509,11 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     """The result of a run that was finished before, if nothing about it would be different now."""
     final = run.output_dir / "final"
     patience = run.config.validation.patience
-    gave_up = previous.get("stopped_early") and previous["config"]["validation"]["patience"] == patience
+    before = previous.get("config", {}).get("validation")
+    gave_up = previous.get("stopped_early") and isinstance(before, dict) and before.get("patience") == patience
     if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
         return None
-    if previous["smoothed_loss"] is None:
+    if previous["smoothed_loss"] is None or (run.held_out and previous.get("validation", {}).get("best_loss") is None):
         return None
     resume_from = run.config.resume_from
     if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
@@ -504,7 +523,8 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
         if (was := previous["config"].get(key)) != (now_set := getattr(run.config, key)):
             log.info("%s=%s was %s; %s is written again", key, now_set, was, final)
             return None
-    if not final.is_dir() or previous["final"].items() - hashes_of(final).items():  # other files may lie there too
+    hashes = hashes_of(final) if final.is_dir() else {}  # other files may lie there too
+    if not previous["final"] or any(hashes.get(name) != written for name, written in previous["final"].items()):
         log.warning("%s is not as it was written; it is made again from the last checkpoint", final)
         return None
     limit = "max_epochs" if run.config.max_steps is None else "max_steps"

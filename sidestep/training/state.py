@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 STATE, MANIFEST = "training_state.pt", "manifest.json"
 FORMAT = 1
+_NAME = re.compile(r"(epoch|step)_\d+")
 
 
 @dataclass
@@ -71,9 +73,17 @@ def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> N
         ) from error
 
 
-def remove_old_checkpoints(output_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
-    """Delete all checkpoints but the newest ``keep_last`` and those whose number ``keep_every`` divides."""
-    for folder in checkpoints_by_step(output_dir)[keep_last:]:
+def remove_old_checkpoints(output_dir: Path, step: int, *, keep_last: int, keep_every: int | None) -> None:
+    """Delete all checkpoints but the newest ``keep_last`` and those whose number ``keep_every`` divides.
+
+    Args:
+        output_dir: the run's folder.
+        step: the one just saved; checkpoints of later steps are not counted, and not touched.
+        keep_last: at least 1.
+        keep_every: None keeps no others.
+    """
+    folders = [folder for number, folder in checkpoints_by_step(output_dir) if number <= step]
+    for folder in folders[keep_last:]:
         if keep_every is None or int(folder.name.rpartition("_")[2]) % keep_every != 0:
             with discarding(folder) as doomed:
                 shutil.rmtree(doomed)
@@ -98,18 +108,33 @@ def load_checkpoint(folder: Path) -> TrainingState:
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, TrainingState] | None:
-    """Read the newest checkpoint of a run that is whole, passing over damaged ones with a warning that names them."""
-    for folder in checkpoints_by_step(output_dir):
+    """Read the newest checkpoint of a run that is whole, passing over damaged ones with a warning that names them.
+
+    Raises:
+        UserError: if there are checkpoints and all are damaged; beginning anew would write over what is left of them.
+    """
+    for _, folder in checkpoints_by_step(output_dir):
         try:
             return folder, load_checkpoint(folder)
         except UserError as error:
             log.warning("passing over a damaged checkpoint: %s", error)
+    if damaged := checkpoint_folders(output_dir):
+        raise UserError(
+            f"no checkpoint of {output_dir} can be read ({', '.join(folder.name for folder in damaged[:5])} are "
+            f"damaged); move {output_dir / 'checkpoints'} away to begin anew, or give this run another name=..."
+        )
     return None
 
 
-def checkpoints_by_step(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first."""
-    return [folder for _, folder in sorted(_steps(output_dir), key=lambda pair: pair[0], reverse=True)]
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, readable or not; folders of any other name are the user's own."""
+    folder = output_dir / "checkpoints"
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def checkpoints_by_step(output_dir: Path) -> list[tuple[int, Path]]:
+    """The step and folder of each checkpoint whose manifest can be read, newest first."""
+    return sorted(_steps(output_dir), key=lambda pair: pair[0], reverse=True)
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -150,9 +175,7 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 
 
 def _steps(output_dir: Path) -> Iterator[tuple[int, Path]]:
-    for folder in (output_dir / "checkpoints").glob("*_*[0-9]"):
-        if folder.name.startswith("."):
-            continue
+    for folder in checkpoint_folders(output_dir):
         try:
             yield read_manifest(folder)["step"], folder
         except UserError as error:
@@ -180,7 +203,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
+        # other errors of the disk do not say that the file is damaged
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash(manifest):
         raise UserError(f"{path} was changed since it was written (its hash differs)")

@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
 from sidestep.files import naming, write_text
+from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
 log = logging.getLogger(__name__)
@@ -159,14 +160,7 @@ class RunRecord:
         write_text(self.path, json.dumps(values, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
-_KINDS: dict[str, Any] = {
-    "status": str,
-    "step": int,
-    "smoothed_loss": int | float | None,
-    "settings": dict,
-    "config": dict,
-    "final": dict,
-}
+_NEEDED = ("status", "step", "smoothed_loss", "settings", "config", "final")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -174,11 +168,10 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in _KINDS.items():
-            if not isinstance(record[key], kind):
-                raise TypeError(f"{key} is {record[key]!r:.60}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        record = parse_record(path.read_text(encoding="utf-8"))
+        if missing := [key for key in _NEEDED if key not in record]:
+            raise ValueError(f"it has no {missing[0]}")
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("%s cannot be understood (%s); going by the checkpoints alone", path, error)
         return {}
     return record
@@ -275,6 +268,6 @@ def _lines(path: Path) -> list[str]:
 def _step_of(line: str) -> float:
     """The step that a line is about; a line that a killed run or a power cut left unreadable is about none."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf

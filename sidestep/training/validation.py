@@ -30,6 +30,7 @@ from sidestep.adapters.files import attach_saved
 from sidestep.data.dataset import Example
 from sidestep.data.holdout import content_id, place_of
 from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES
+from sidestep.records import parse_json
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import Noising, VelocityLoss
 from sidestep.training.forward import predict_velocity
@@ -296,8 +297,8 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line)
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)
