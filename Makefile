@@ -5,8 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# two toy models at once suit two cores; PyTorch's own threads would only get in each other's way
-TEST_WORKERS ?= 2
+# three at once keep two cores busy, since some tests wait; PyTorch's own threads would only get in each other's way
+TEST_WORKERS ?= 3
 
 .PHONY: demo test test-slurm lint format clean
 

@@ -615,7 +615,8 @@ def test_a_run_starts_from_an_adapter_and_goes_on_without_it(tmp_path, checkpoin
 @pytest.mark.parametrize(
     ("adapter", "weights"),
     [
-        ("dora", "adapter_model"), ("loha", "loha_weights"), ("oft", "adapter_model"), ("lokr", "lokr_weights"),
+        ("dora", "adapter_model"), ("loha", "loha_weights"), ("oft", "adapter_model"),
+        pytest.param("lokr", "lokr_weights", marks=pytest.mark.slow),  # also in tests/test_train.py
     ],
 )  # fmt: skip
 def test_a_stopped_run_of_any_family_ends_with_the_weights_of_an_unbroken_one(

@@ -341,7 +341,7 @@ DATASETS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         "train", change_song(latents="../adapters/lora/adapter_model.safetensors"), {}, ["songs.jsonl", "no file of"]),
     "a path from the root": ("train", change_song(latents="/etc/passwd"), {}, ["songs.jsonl", "'/etc/passwd'"]),
     "a path with a line break": ("train", change_song(latents="latents/a\nb"), {}, ["songs.jsonl", "a\\nb"]),
-    "a prompt that is not stored": ("train", change_song(prompt="genre"), {}, ["song0.safetensors", "genre"]),
+    "a prompt that is not stored": ("train", change_song(prompt="genre"), {}, ["songs.jsonl line 1", "prompt"]),
     "a web page for a description": ("train", write_file("dataset/dataset_info.json", HTML), {}, ["dataset_info.json"]),
     "a description of another format": (
         "train", change_json("dataset/dataset_info.json", format=99), {}, ["dataset_info.json has format 99"]),

@@ -106,6 +106,7 @@ def test_the_same_command_again_returns_at_once(demo):
     assert json.loads((demo / "outputs/x/lora-turbo-demo/run.json").read_text()) == before
 
 
+@pytest.mark.slow  # tests/test_sweep.py has sweeps that cost less
 def test_a_sweep_gives_each_point_its_own_adapter_and_survives_a_bad_point(demo):
     done = run_command(
         demo, "-m", "experiment=demo", "adapter=lora,lokr", "model_variant=turbo", "max_epochs=null",
@@ -118,6 +119,7 @@ def test_a_sweep_gives_each_point_its_own_adapter_and_survives_a_bad_point(demo)
     assert finished == ["lokr-turbo-rank2-demo", "lora-turbo-rank2-demo"]
 
 
+@pytest.mark.slow
 def test_demos_that_begin_together_wait_for_each_other(tmp_path):
     """As the points of a sweep do under a launcher with several processes."""
     code = (

@@ -124,7 +124,11 @@ def test_a_sweep_is_summed_up_and_a_point_that_cannot_be_is_named(tmp_path, plac
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("chosen", [["-m", "adapter.rank=2,0"], ["sweep=rank", "adapter.rank=0,2"]])
+@pytest.mark.parametrize(
+    "chosen",
+    [pytest.param(["-m", "adapter.rank=2,0"], marks=pytest.mark.slow), ["sweep=rank", "adapter.rank=0,2"]],
+    ids=["-m", "sweep=rank"],
+)
 def test_the_command_examines_every_point_of_a_sweep_and_launches_nothing(tmp_path, places, chosen):
     typed = ["device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
     done = subprocess.run(

@@ -90,7 +90,7 @@ def test_a_transformer_is_loaded_in_less_memory(checkpoint_dir):
     assert size("nf4") < 0.4 * size("none")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_run_on_stored_weights_goes_on_exactly_and_is_another_run_than_one_on_whole_weights(
     tmp_path, checkpoint_dir, dataset_dir, kind
 ):
