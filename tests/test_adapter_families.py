@@ -615,7 +615,8 @@ def test_a_run_starts_from_an_adapter_and_goes_on_without_it(tmp_path, checkpoin
 @pytest.mark.parametrize(
     ("adapter", "weights"),
     [
-        ("dora", "adapter_model"), ("loha", "loha_weights"), ("oft", "adapter_model"),
+        ("dora", "adapter_model"), ("oft", "adapter_model"),
+        pytest.param("loha", "loha_weights", marks=pytest.mark.slow),
         pytest.param("lokr", "lokr_weights", marks=pytest.mark.slow),  # also in tests/test_train.py
     ],
 )  # fmt: skip

@@ -149,6 +149,7 @@ def test_preprocessing_says_what_it_skipped_and_exits_with_1(demo, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_does_not_touch_folders_that_are_not_its_own(demo, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/songs.jsonl").write_text("my own")

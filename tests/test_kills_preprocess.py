@@ -59,7 +59,7 @@ def check_same(tmp_path: Path, command: list[str]) -> None:
     assert contents(tmp_path / "parts/data") == contents(tmp_path / "whole/data")  # with nothing half-written beside
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_dataset_ends_the_same_to_the_byte(tmp_path, command, record_property, num_kills):
     """SIGKILL while loading and encoding, and just after; the same command again each time."""
     chance = random.Random(num_kills)

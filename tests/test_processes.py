@@ -137,6 +137,7 @@ def test_processes_with_different_settings_stop_before_they_train(tmp_path, type
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_one_run_of_several_processes(tmp_path, typed):
     """The launch path as it is typed; the processes are new ones, not copies of this."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
