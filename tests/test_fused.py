@@ -223,12 +223,9 @@ def test_ten_steps_have_the_losses_of_peft_and_lycoris_with_masked_attention(con
     assert losses == ten_losses(config, gradient_checkpointing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's own, while it traces
-@pytest.mark.parametrize(
-    "config",
-    [LoraConfig(rank=4), pytest.param(LokrConfig(rank=3, factor=4), marks=pytest.mark.slow)],
-    ids=["lora", "lokr"],
-)
+@pytest.mark.parametrize("config", [LoraConfig(rank=4), LokrConfig(rank=3, factor=4)], ids=["lora", "lokr"])
 def test_a_block_is_traced_whole_and_keeps_its_gradients(config):
     """With the backend that traces the backward pass too, and then runs PyTorch's own kernels."""
 
