@@ -103,6 +103,22 @@ def test_a_padded_batch_equals_its_single_songs(lengths, gradient_checkpointing)
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()  # backward there is none on a CPU; tests/test_gpu.py has it
+@pytest.mark.parametrize("lengths", [(41,), (64,), (203,), (120, 57, 9)], ids=str)
+def test_flex_attention_gives_what_blocks_give(lengths):
+    inputs = random_inputs(max(lengths), len(lengths))
+    frame_mask = torch.arange(2 * max(lengths)) < 2 * torch.tensor(lengths)[:, None] if len(lengths) > 1 else None
+    outputs = []
+    for flex in (False, True):
+        transformer = golden_transformer()
+        WindowedAttention(transformer, flex=flex).set_padding(frame_mask, None)
+        outputs.append(forward(transformer, inputs))
+    real = slice(None) if frame_mask is None else frame_mask
+    assert outputs[1].isfinite().all()
+    torch.testing.assert_close(outputs[0][real], outputs[1][real], rtol=0, atol=1e-5)
+
+
 def test_without_masks_padding_changes_the_result():
     transformer = golden_transformer()
     attention = WindowedAttention(transformer)

@@ -1,4 +1,4 @@
-"""What gradient checkpointing keeps, and that it changes nothing."""
+"""What gradient checkpointing and offloading keep on the device, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import torch
 from diffusers import AceStepTransformer1DModel
 
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.quantization import quantize_linears
 from sidestep.adapters.lokr import LokrConfig
-from sidestep.adapters.lora import LoraConfig
+from sidestep.adapters.lora import DoraConfig, LoraConfig
+from sidestep.adapters.oft import OftConfig
+from sidestep.config.gate import read_profiles
 from sidestep.config.settings import GradientCheckpointing
 from sidestep.errors import UserError
 from sidestep.training.checkpointing import enable_gradient_checkpointing
+from sidestep.training.offload import OffloadedBlocks, first_blocks
 from tests.factories import train_config
 
 LAYERS, WIDTH, TOKENS = 4, 512, 300
@@ -78,6 +82,100 @@ def test_products_and_attention_are_not_computed_again_by_selective_checkpointin
         flops[kind] = counter.get_total_flops()
     assert flops["full"] > 1.3 * flops["none"]
     assert flops["selective"] < 1.05 * flops["none"]
+
+
+def small_transformer(quantization="none", num_layers=LAYERS, width=128):
+    torch.manual_seed(0)
+    transformer = AceStepTransformer1DModel(
+        num_hidden_layers=num_layers, hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 64,
+        num_key_value_heads=width // 128, head_dim=64, encoder_hidden_size=64, sliding_window=16,
+    )  # fmt: skip
+    transformer.requires_grad_(False)
+    if quantization != "none":
+        quantize_linears(transformer.layers, quantization, torch.device("cpu"))
+    WindowedAttention(transformer)
+    return transformer.train()
+
+
+def losses_of_steps(transformer, parameters):
+    """Losses of three AdamW steps, with an evaluation after the first one, and sums of the trained weights."""
+    device, dtype = transformer.device, transformer.dtype
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, length, width, generator=generator).to(device, dtype)
+        for length, width in ((80, 64), (10, 64), (80, 128))
+    ]
+    t = torch.tensor([0.5], device=device, dtype=dtype)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    numbers = []
+    for step in range(3):
+        loss = transformer(inputs[0], t, t, *inputs[1:], return_dict=False)[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        numbers.append(loss.detach().float())
+        if step == 0:
+            with torch.no_grad():
+                numbers.append(transformer(inputs[0], t, t, *inputs[1:], return_dict=False)[0].float().mean())
+    return torch.stack(numbers + [parameter.detach().sum() for parameter in parameters])
+
+
+LORA = LoraConfig(rank=8, dropout=0.1, target_modules=TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "quantization", "kind", "share"),
+    [
+        pytest.param(LORA, "none", "full", 1.0, id="lora"),
+        pytest.param(LORA, "none", "full", 0.5, id="lora, half"),
+        pytest.param(LORA, "none", "selective", 1.0, id="lora, selective"),
+        pytest.param(LokrConfig(rank=4), "int8", "full", 1.0, id="lokr, int8"),
+        pytest.param(DoraConfig(rank=4), "none", "full", 1.0, id="dora"),
+        pytest.param(OftConfig(), "int8", "selective", 0.5, id="oft, int8, selective, half"),
+    ],
+)
+def test_training_is_the_same_while_frozen_weights_wait_in_main_memory(adapter, quantization, kind, share):
+    results = []
+    for offloaded_share in (0.0, share):
+        transformer = small_transformer(quantization)
+        parameters = list(adapter.attach(transformer).parameters())
+        enable_gradient_checkpointing(transformer, GradientCheckpointing[kind], share)
+        OffloadedBlocks(first_blocks(transformer, offloaded_share), torch.device("cpu"))
+        torch.manual_seed(1)
+        results.append(losses_of_steps(transformer, parameters))
+    assert torch.equal(*results)
+
+
+def test_no_more_than_two_blocks_are_on_the_device_at_once():
+    transformer = small_transformer()
+    blocks = list(transformer.layers)
+    in_memory = [block.self_attn.to_q.weight.detach().clone() for block in blocks]
+    offloaded = OffloadedBlocks(blocks, torch.device("cpu"))
+    buffers = {buffer.untyped_storage().data_ptr() for buffer in offloaded._buffers}
+    assert len(buffers) == 2
+    seen = []
+
+    def look(block, args):
+        seen.append([b.self_attn.to_q.weight.untyped_storage().data_ptr() in buffers for b in blocks])
+
+    for block in blocks:
+        block.self_attn.register_forward_pre_hook(look)
+    with torch.no_grad():
+        transformer(
+            torch.randn(1, 80, 64), torch.tensor([0.5]), torch.tensor([0.5]), torch.randn(1, 10, 64),
+            torch.randn(1, 80, 128), return_dict=False,
+        )  # fmt: skip
+    assert seen == [[other is block for other in blocks] for block in blocks]
+    offloaded.remove()
+    assert all(
+        torch.equal(block.self_attn.to_q.weight, weight) for block, weight in zip(blocks, in_memory, strict=True)
+    )
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_weights_that_wait_in_main_memory_must_be_asked_for_again():
+    with pytest.raises(UserError, match=r"offloaded_share=1 needs as large a share .* that is 0; type vram_profile"):
+        train_config("vram_profile=24gb", "vram_profile.offloaded_share=1").vram_profile.resolve(read_profiles(), 24)
 
 
 def test_a_share_of_nothing_is_refused():

@@ -10,9 +10,11 @@ import torch
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.data.dataset import SongDataset
+from sidestep.errors import UserError
 from sidestep.seeds import derive_seed
 from sidestep.training.state import load_checkpoint
 from tests.factories import run_training, train_config, write_dataset
+from tests.test_train import assert_same_weights
 
 
 def test_three_steps_equal_the_same_steps_written_by_hand(tmp_path, checkpoint_dir):
@@ -124,3 +126,33 @@ def test_a_finished_run_frees_its_model_and_before_it_is_checked_its_optimizer(
     gc.collect()
     assert [reference() for reference in alive] == [None]
     assert held == [64, 0]
+
+
+def test_a_run_whose_frozen_weights_wait_in_main_memory_trains_and_evaluates_the_same(
+    tmp_path, checkpoint_dir, dataset_dir
+):
+    settings = (
+        "adapter=lora", f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=2",
+        "validation.fraction=0.3", "vram_profile.gradient_checkpointing=full",
+    )  # fmt: skip
+    plain = run_training(tmp_path / "plain", *settings)
+    waiting = run_training(tmp_path / "waiting", *settings, "vram_profile.offloaded_share=1")
+    assert waiting == plain
+    assert_same_weights(tmp_path / "plain/final", tmp_path / "waiting/final")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["attention_kernel=flex"], "attention_kernel=flex needs a CUDA GPU, and this is cpu"),
+        (
+            ["compile=true", "vram_profile.gradient_checkpointing=full", "vram_profile.offloaded_share=1"],
+            "compile=true cannot follow weights that wait in main memory",
+        ),
+    ],
+)
+def test_what_this_device_cannot_do_is_refused_before_anything_is_loaded(
+    tmp_path, checkpoint_dir, dataset_dir, settings, message
+):
+    with pytest.raises(UserError, match=message):
+        run_training(tmp_path, f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *settings)

@@ -4,18 +4,24 @@ Half of the decoder's self-attention layers see a window of tokens to either sid
 masks what lies outside; here they compute only the band. And ACE-Step's decoder ignores padding: its own forward
 overwrites the masks, and the diffusers class does not take any, so that padded tokens would be attended like real ones.
 
+The band is computed in blocks of one window, by PyTorch's ordinary kernels, or by FlexAttention (Dong et al. 2024,
+arXiv:2412.05496), which is compiled for the band and copies no keys.
+
 Shapes: B batch, S tokens (latent patches, or condition tokens as keys of cross attention), H heads, D width of a head,
 w window, n blocks of w tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 class WindowedAttention:
@@ -25,18 +31,21 @@ class WindowedAttention:
 
     Args:
         transformer: diffusers ``AceStepTransformer1DModel``.
+        flex: compute the band of long sequences by FlexAttention.
     """
 
     # the decoder asks its first layer for this name, and leaves out its (S, S) mask where it reads "flash"
     _attention_backend = "flash"
     _parallel_config = None
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, flex: bool = False) -> None:
         self._transformer = transformer
+        self._uses_flex = flex
         self._replaced = transformer.attn_processors
         self._patch_mask: Tensor | None = None
         self._condition_mask: Tensor | None = None
         self._masks: dict[Any, Tensor | None] = {}
+        self._bands: dict[Any, BlockMask] = {}
         transformer.set_attn_processor(self)
 
     def set_padding(self, frame_mask: Tensor | None, condition_mask: Tensor | None) -> None:
@@ -49,7 +58,7 @@ class WindowedAttention:
         """
         self._patch_mask = None if frame_mask is None else frame_mask[:, :: self._transformer.patch_size]
         self._condition_mask = condition_mask
-        self._masks = {}
+        self._masks, self._bands = {}, {}
 
     def remove(self) -> None:
         """Give the layers back to diffusers' processors."""
@@ -88,6 +97,8 @@ class WindowedAttention:
             )
         length, window = key.shape[1], attn.sliding_window
         in_blocks = _in_blocks(length, window)
+        if in_blocks and self._uses_flex:
+            return _through(attn.to_out, self._flex(attn, query, key, value))
         mask = self._mask(attn.is_cross_attention, key, window)
         if in_blocks:
             query = _blocks(query, window)
@@ -107,9 +118,21 @@ class WindowedAttention:
         ).transpose(1, 2)
         if in_blocks:
             output = output.reshape(len(hidden_states), -1, *output.shape[2:])[:, :length]
-        output = output.flatten(2)
-        for layer in attn.to_out:
-            output = layer(output)
+        return _through(attn.to_out, output)
+
+    def _flex(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute the band by FlexAttention; from (B, S, H, D) to the same."""
+        kind = (*key.shape[:2], key.device)
+        if kind not in self._bands:
+            self._bands[kind] = _band(key, attn.sliding_window, self._patch_mask)
+        output: Tensor = _compiled_flex_attention(key.device.type)(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            block_mask=self._bands[kind],
+            scale=attn.scaling,
+            enable_gqa=attn.heads != attn.kv_heads,
+        ).transpose(1, 2)
         return output
 
     def _mask(self, of_condition: bool, key: Tensor, window: int | None) -> Tensor | None:
@@ -125,6 +148,36 @@ class WindowedAttention:
             else:
                 self._masks[kind] = None
         return self._masks[kind]
+
+
+def _through(layers: Any, output: Tensor) -> Tensor:
+    """Put heads (B, S, H, D) together and through a layer's last projection: (B, S, width)."""
+    output = output.flatten(2)
+    for layer in layers:
+        output = layer(output)
+    return output
+
+
+@cache
+def _compiled_flex_attention(device_type: str) -> Callable[..., Any]:
+    """FlexAttention is fast only when compiled; on a CPU, where only tests call it, it is taken as it is."""
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention  # type: ignore[return-value]
+
+
+def _band(key: Tensor, window: int, real: Tensor | None) -> BlockMask:
+    """Describe to FlexAttention which keys (B, S, H, D) each query sees; arguments as of :func:`_seen`."""
+    batch_size, length = key.shape[:2]
+
+    def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q - k).abs() <= window
+
+    if real is None:
+        return create_block_mask(near, None, None, length, length, device=key.device)
+
+    def near_and_real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return near(b, h, q, k) & real[b, k]
+
+    return create_block_mask(near_and_real, batch_size, None, length, length, device=key.device)
 
 
 def _seen(key: Tensor, window: int | None, real: Tensor | None) -> Tensor | None:

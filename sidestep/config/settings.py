@@ -62,6 +62,11 @@ class GradientCheckpointing(StrEnum):
     full = "full"
 
 
+class AttentionKernel(StrEnum):
+    blocks = "blocks"
+    flex = "flex"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -76,8 +81,14 @@ class MemorySettings:
     gradient_accumulation_steps: int
     gradient_checkpointing: GradientCheckpointing
     checkpointed_share: float
+    offloaded_share: float
     base_quantization: Quantization
     max_seconds: float
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the layers whose activations are computed again, wholly or in part."""
+        return 0.0 if self.gradient_checkpointing is GradientCheckpointing.none else self.checkpointed_share
 
 
 @option("vram_profile", "profile")
@@ -95,6 +106,8 @@ class VramConfig:
     """What the backward pass computes again: none, selective (all but products and attention), or full (all)."""
     checkpointed_share: float | None = None
     """Share of the transformer's layers that gradient_checkpointing is for; the first ones are taken."""
+    offloaded_share: float | None = None
+    """Share of the layers whose frozen weights wait in main memory; the first ones, which must be checkpointed."""
     base_quantization: Quantization | None = None
     """How the frozen layers are stored: none (as they are), int8 (half of bf16), or nf4 (about a quarter)."""
     max_seconds: float | None = None
@@ -110,6 +123,8 @@ class VramConfig:
                 f"vram_profile.checkpointed_share={self.checkpointed_share} must be above 0 and at most 1; "
                 "to recompute nothing type vram_profile.gradient_checkpointing=none"
             )
+        if self.offloaded_share is not None and not 0 <= self.offloaded_share <= 1:
+            raise UserError(f"vram_profile.offloaded_share={self.offloaded_share} must be from 0 to 1")
         check_excerpt("vram_profile.max_seconds", self.max_seconds)
 
     def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:
@@ -122,6 +137,9 @@ class VramConfig:
         Returns:
             This profile's values, and for those left null the values of the largest profile that fits the device,
             or of the smallest one if none does.
+
+        Raises:
+            UserError: if weights would wait in main memory that the backward pass does not ask for again.
         """
         # a card sold as 8 GB reports a little less than 8 GiB
         fitting = [p for p in profiles if p.memory_gib is not None and p.memory_gib <= available_gib + 0.75]
@@ -132,7 +150,14 @@ class VramConfig:
             own = getattr(self, key)
             return getattr(chosen, key) if own is None else own
 
-        return MemorySettings(**{key: value(key) for key in MemorySettings.__dataclass_fields__})  # type: ignore[arg-type]
+        settings = MemorySettings(**{key: value(key) for key in MemorySettings.__dataclass_fields__})  # type: ignore[arg-type]
+        if settings.offloaded_share > settings.recomputed_share:
+            raise UserError(
+                f"vram_profile.offloaded_share={settings.offloaded_share:g} needs as large a share of layers to be "
+                f"computed again, and that is {settings.recomputed_share:g}; type "
+                f"vram_profile.gradient_checkpointing=full vram_profile.checkpointed_share=1"
+            )
+        return settings
 
 
 @root("train_schema")
@@ -203,6 +228,8 @@ class TrainConfig:
     """Share of examples trained on the null condition, which guidance needs; the variant's own by default."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: minutes at the start, less time per step on a GPU."""
+    attention_kernel: AttentionKernel = AttentionKernel.blocks
+    """What computes the band of layers with a window: blocks (any device), or flex (FlexAttention, a CUDA GPU)."""
     max_bad_steps: int = MISSING
     """Stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing."""
     log_every_steps: int = MISSING

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sidestep.config.settings import GradientCheckpointing
+from sidestep.training.offload import first_blocks
 
 LARGE = 512
 """Products that sum over at least this many values are kept: those with the frozen weights, not those of an adapter."""
@@ -41,8 +42,7 @@ def enable_gradient_checkpointing(transformer: Any, kind: GradientCheckpointing,
     """
     if kind is GradientCheckpointing.none:
         return
-    layers = list(transformer.layers)
-    chosen = set(layers[: round(share * len(layers))])
+    chosen = set(first_blocks(transformer, share))
     kept = partial(create_selective_checkpoint_contexts, _policy) if kind is GradientCheckpointing.selective else None
 
     def run(layer: nn.Module, *inputs: Any) -> Any:

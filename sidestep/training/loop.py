@@ -23,7 +23,7 @@ from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.kept import KeptWeights
 from sidestep.acestep.quantization import QuantizedLinear
 from sidestep.adapters import Adapter
-from sidestep.config.settings import TrainConfig
+from sidestep.config.settings import AttentionKernel, TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
 from sidestep.files import alone_in, remove_abandoned
@@ -34,6 +34,7 @@ from sidestep.training.diagnosis import explain_bad_step
 from sidestep.training.ema import WeightMean
 from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
+from sidestep.training.offload import OffloadedBlocks, first_blocks
 from sidestep.training.previews import Previews, out_of_the_way
 from sidestep.training.run import Run, open_run
 from sidestep.training.signals import Interrupted, StopSignals
@@ -105,17 +106,16 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
     previews = Previews(run) if config.previews.every_epochs is not None else None
-    if previews is not None:
-        if kept is not None:
-            kept.drop()  # rendering needs the memory
+    if kept is not None and (previews is not None or memory.offloaded_share):
+        kept.drop()  # rendering needs the memory, and what waits in main memory shall not be on the device too
         kept = None
-        if accelerator.is_main_process:
-            previews.render_base()
+    if previews is not None and accelerator.is_main_process:
+        previews.render_base()
     transformer = run.checkpoint.load_transformer(
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
-    attention = WindowedAttention(transformer)
+    attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
     validation = Validation(run, accelerator, transformer, attention) if run.held_out else None
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
@@ -128,6 +128,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     if accelerator.num_processes > 1:
         share_only_trained(transformer)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
+    offloaded = OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
     if start is not None:
         adapter.load_state_dict(start.adapter)
         optimizer.load_state_dict(start.optimizer)
@@ -180,6 +181,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if accelerator.is_main_process:
             with out_of_the_way(model, optimizer, device):
                 previews.render(adapter, step, steps)
+            offloaded.go_home()
         accelerator.wait_for_everyone()
         steps.start_clock()
 
@@ -249,6 +251,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             look(done)
     agreement.close()
     attention.remove()
+    offloaded.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     optimizer.state.clear()  # finish needs memory, and nothing is trained after it

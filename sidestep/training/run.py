@@ -25,7 +25,7 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.adapters import Adapter, SavedAdapter
 from sidestep.adapters.files import fingerprint_adapter, read_adapter
 from sidestep.config.gate import read_profiles
-from sidestep.config.settings import MemorySettings, Resume, TrainConfig
+from sidestep.config.settings import AttentionKernel, MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import hold_out
 from sidestep.data.legacy import LegacySongs
@@ -403,6 +403,13 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     memory = config.vram_profile.resolve(read_profiles(), memory_gib(device))
     if config.max_seconds is not None:
         memory.max_seconds = config.max_seconds
+    if config.attention_kernel is AttentionKernel.flex and device.type != "cuda":
+        raise UserError(f"attention_kernel=flex needs a CUDA GPU, and this is {device.type}; leave it out")
+    if config.compile and memory.offloaded_share:
+        raise UserError(
+            "compile=true cannot follow weights that wait in main memory; "
+            "leave it out, or type vram_profile.offloaded_share=0"
+        )
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
     dataset = SongDataset(
         Path(config.dataset_dir),
