@@ -1,7 +1,8 @@
 """Time of one micro-step, forward and backward, against the frozen model and against the usual way.
 
-    python benchmarks/step.py                     # toy and one block of the real width, on the CPU
-    python benchmarks/step.py --full              # also the whole decoder; needs a CUDA device
+    python benchmarks/step.py                         # toy and one block of the real width
+    python benchmarks/step.py --cases toy block full  # also the whole decoder; for a CUDA device
+    python benchmarks/step.py --cases full --variants LoRA "LoRA, usual, checkpointed" --repeats 2  # or some of it
 
 All variants of a case share the frozen weights, and take turns in one process, so that whatever else the machine does
 meets all of them; compare the ratios. On the CPU the time is that of the processor, and not of the clock.
@@ -21,7 +22,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Case:
     """Latent patches, 12.5 for each second."""
     sizes: dict[str, Any]
     """Of the transformer; everything else is as in the real one."""
+    batch_size: int = 1
 
 
 TOY = Case(
@@ -73,6 +75,7 @@ BLOCKS = [
     for dtype in ("bfloat16", "float32")
 ]
 FULL = [Case(name="whole decoder", dtype="bfloat16", num_tokens=tokens, sizes={}) for tokens in (750, 3000)]
+CASES = {"toy": [TOY], "block": BLOCKS, "full": FULL}
 
 
 def windowed(config: AdapterConfig | None) -> Callable[[AceStepTransformer1DModel], None]:
@@ -131,8 +134,14 @@ ON_CUDA = {"LoRA, compiled": (compiled(LORA), False), "LoKr, compiled": (compile
 class MicroStep:
     """One variant of a case, to be run again and again."""
 
-    def __init__(self, case: Case, variant: str, weights: dict[str, Tensor], device: torch.device) -> None:
-        prepare, checkpointed = (VARIANTS | ON_CUDA)[variant]
+    def __init__(
+        self,
+        case: Case,
+        prepare: Callable[[AceStepTransformer1DModel], None],
+        checkpointed: bool,
+        weights: dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
         with torch.device("meta"):
             self.transformer = AceStepTransformer1DModel(**case.sizes)
         self.transformer.load_state_dict(weights, assign=True)
@@ -144,10 +153,10 @@ class MicroStep:
         generator = torch.Generator().manual_seed(0)
 
         def draw(length: int, channels: int) -> Tensor:
-            return torch.randn(1, length, channels, generator=generator).to(device, self.dtype)
+            return torch.randn(case.batch_size, length, channels, generator=generator).to(device, self.dtype)
 
         config = self.transformer.config
-        t = torch.tensor([0.5], device=device, dtype=self.dtype)
+        t = torch.full((case.batch_size,), 0.5, device=device, dtype=self.dtype)
         self.target = draw(2 * case.num_tokens, 64)
         self.inputs = {
             "hidden_states": draw(2 * case.num_tokens, 64).requires_grad_(),  # in each, as if other layers were below
@@ -218,26 +227,31 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - start)
 
 
-def measure(case: Case, device: torch.device, repeats: int) -> Iterator[dict[str, Any]]:
-    """Give one row for each variant of a case."""
+def random_weights(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Weights of a case's transformer, for all its variants."""
     torch.manual_seed(0)
     with device:
         weights = AceStepTransformer1DModel(**case.sizes).state_dict()
-    weights = {name: tensor.to(getattr(torch, case.dtype)) for name, tensor in weights.items()}
-    variants = VARIANTS | ON_CUDA if device.type == "cuda" else VARIANTS
-    steps = {variant: MicroStep(case, variant, weights, device) for variant in variants}
+    return {name: tensor.to(getattr(torch, case.dtype)) for name, tensor in weights.items()}
+
+
+def measure(case: Case, device: torch.device, repeats: int, variants: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Give one row for each variant of a case; ratios are those to the first one."""
+    weights = random_weights(case, device)
+    steps = {name: MicroStep(case, *(VARIANTS | ON_CUDA)[name], weights, device) for name in variants}
     memory = {variant: (step.kept_mib(), step.peak_mib()) for variant, step in steps.items()}  # also warms up
     seconds: dict[str, list[float]] = {variant: [] for variant in steps}
     order = random.Random(0)  # what runs before a step leaves caches and memory to it
     for _ in range(repeats):
         for variant in order.sample(list(steps), len(steps)):
             seconds[variant].append(steps[variant]())
-    floor = statistics.median(seconds["floor"])
+    first = next(iter(steps))
+    floor = statistics.median(seconds[first])
     rate = matmul_rate(device, case.dtype) if device.type == "cuda" else None
-    useful = {family: steps[family].flops() for family in ("LoRA", "LoKr")} if rate is not None else {}
+    useful = {name: steps[name].flops() for name in ("LoRA", "LoKr") if name in steps} if rate is not None else {}
     for variant, times in seconds.items():
         median = statistics.median(times)
-        ratio = statistics.median(time / base for time, base in zip(times, seconds["floor"], strict=True))
+        ratio = statistics.median(time / base for time, base in zip(times, seconds[first], strict=True))
         kept, peak = memory[variant]
         family = variant.partition(",")[0]
         yield {
@@ -267,22 +281,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="also the whole decoder, on a CUDA device")
-    parser.add_argument("--toy", action="store_true", help="the toy only")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["toy", "block"])
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *ON_CUDA], help="all by default")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each variant; the median counts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step.json"))
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    if options.full and device.type != "cuda":
-        parser.error("--full needs a CUDA device; without one it would take hours")
+    on_cuda = device.type == "cuda"
+    if not on_cuda and "full" in options.cases and options.variants is None:
+        parser.error("--cases full takes hours on a CPU; say which --variants")
+    variants = options.variants or [*VARIANTS, *(ON_CUDA if on_cuda else ())]
     torch.set_num_threads(options.threads)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {options.threads} thread(s)"
     result: dict[str, Any] = {"device": name, "torch": torch.__version__, "load": os.getloadavg(), "cases": []}
-    for case in [TOY, *([] if options.toy else BLOCKS), *(FULL if options.full else [])]:
-        rows = list(measure(case, device, options.repeats))
+    for case in [case for name in options.cases for case in CASES[name]]:
+        if not on_cuda and case.num_tokens > 1500:
+            continue  # an hour of a CPU for each step
+        rows = list(measure(case, device, options.repeats, variants))
         result["cases"].append({**asdict(case), "rows": rows})
         print(f"\n{case.name}, {case.num_tokens} tokens, {case.dtype}, {name}\n\n{table(rows)}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,6 @@ PYTHON=${PYTHON:-python}
 mkdir -p "$OUT"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$OUT/gpu.txt"
 $PYTHON -m pytest -m gpu tests/test_gpu.py tests/test_previews.py -q -p no:cacheprovider 2>&1 | tail -40 | tee "$OUT/tests.txt"
-$PYTHON benchmarks/step.py --full --out "$OUT/step.json" 2>&1 | tee "$OUT/step.txt"
+$PYTHON benchmarks/step.py --cases toy block full --out "$OUT/step.json" 2>&1 | tee "$OUT/step.txt"
 $PYTHON benchmarks/trainer.py --full --seconds 60 --out "$OUT/trainer.json" 2>&1 | tee "$OUT/trainer.txt"
 $PYTHON benchmarks/vram.py --out "$OUT/vram.json" 2>&1 | tee "$OUT/vram.txt"

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from benchmarks import loader, step, trainer
+from benchmarks import loader, scaling, step, trainer
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
@@ -13,8 +13,9 @@ TINY = {
 
 
 def test_a_benchmark_measures_every_variant_and_writes_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(step, "TOY", step.Case(name="tiny", dtype="float32", num_tokens=40, sizes=TINY))
-    step.main(["--toy", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "new" / "step.json")])
+    tiny = step.Case(name="tiny", dtype="float32", num_tokens=40, sizes=TINY)
+    monkeypatch.setitem(step.CASES, "toy", [tiny])
+    step.main(["--cases", "toy", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "new" / "step.json")])
     (case,) = json.loads((tmp_path / "new" / "step.json").read_text())["cases"]
     rows = {row["variant"]: row for row in case["rows"]}
     assert list(rows) == list(step.VARIANTS)
@@ -28,9 +29,10 @@ def test_a_benchmark_measures_every_variant_and_writes_it(tmp_path, monkeypatch,
 
 def test_the_variants_of_a_family_are_the_same_model():
     case = step.Case(name="tiny", dtype="float32", num_tokens=40, sizes=TINY)
-    torch.manual_seed(0)
-    weights = step.AceStepTransformer1DModel(**TINY).state_dict()
-    steps = {name: step.MicroStep(case, name, weights, torch.device("cpu")) for name in step.VARIANTS}
+    weights = step.random_weights(case, torch.device("cpu"))
+    steps = {
+        name: step.MicroStep(case, *variant, weights, torch.device("cpu")) for name, variant in step.VARIANTS.items()
+    }
     floor = steps["floor"].transformer
     expected = floor(**steps["floor"].inputs, return_dict=False)[0]
     trained = {}
@@ -65,3 +67,20 @@ def test_the_loader_is_measured_on_songs_in_real_sizes(tmp_path, capsys):
     assert room["instrumental"]["times_less"] > 4  # 85 of 769 tokens are there, and no context
     assert room["sung"]["mb_per_minute"] < room["densely sung"]["mb_per_minute"]
     assert "MB per minute" in capsys.readouterr().out
+
+
+def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "SMALL", TINY)
+    monkeypatch.setattr(scaling, "SECONDS", (10, 160))
+    monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(scaling, "RANKS", (4, 256))
+    monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0})  # minutes on a busy machine
+    out = tmp_path / "scaling.json"
+    scaling.main(["--repeats=1", "--device=cpu", f"--out={out}"])
+    result = json.loads(out.read_text())
+    kept = {(row["thing"], row["value"]): row["kept_mib"] for row in result["steps"]}
+    assert kept["seconds", 160] > 3 * kept["seconds", 10]
+    assert kept["batch size", 2] > 1.8 * kept["batch size", 1]
+    assert kept["rank", 256] > kept["rank", 4]
+    assert result["checkpoint"]["mib"] > 0
+    assert f"| seconds | 160 | {result['steps'][1]['seconds_per_step']:.3f} |" in capsys.readouterr().out
