@@ -184,8 +184,9 @@ def read_plan(sweep_dir: Path) -> Plan | None:
     values = _read_json(sweep_dir / PLAN)
     try:
         plan = Plan(launched=values["launched"], points=[PlannedPoint(**point) for point in values["points"]])
-        for record in (plan, *plan.points):
-            _check_kinds(record)
+        _check_kinds(plan)
+        for point in plan.points:
+            _check_kinds(point)
     except (KeyError, TypeError) as error:
         _pass_over(sweep_dir / PLAN, error, values)
         return None
