@@ -6,19 +6,21 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sidestep.acestep.kept import KeptWeights
 from sidestep.checking.dry_run import Need, measure_step
 from sidestep.checking.songs import check_songs
-from sidestep.config.settings import TrainConfig
+from sidestep.config.settings import GradientCheckpointing, MemorySettings, Quantization, TrainConfig
 from sidestep.data.audio import SAMPLE_RATE
 from sidestep.data.sampler import FRAMES_PER_SECOND
 from sidestep.devices import memory_gib
 from sidestep.times import duration
+from sidestep.training.memory import plan_memory
 from sidestep.training.run import Run, open_run
 from sidestep.training.tracking import versions
 
@@ -80,7 +82,8 @@ def examine(
             examined.needs[key] = None
     need = examined.needs[key]
     if need is None:
-        _say("memory", f"a step at {run.memory.max_seconds:g} s does not fit in {available:.1f} GiB; {_advice(run)}")
+        advice = what_would_fit(run, available)
+        _say("memory", f"a step at {run.memory.max_seconds:g} s does not fit in {available:.1f} GiB; {advice}")
         return None
     if not measured_before:
         _say_need(need, run.device)
@@ -142,7 +145,9 @@ def _say_need(need: Need, device: torch.device) -> None:
     listed = " + ".join(f"{what} {size:.3g}" for what, size in parts.items())
     measured = "peak of the device" if device.type == "cuda" else "held by the process"
     total = f"{sum(parts.values()):.3g} GiB at {need.longest_seconds:g} s"
-    _say("memory", f"{listed} = {total}; {measured} {need.peak:.3g} GiB")
+    a_minute = need.activations / need.longest_seconds * 60
+    _say("memory", f"{listed} = {total}; a longer excerpt takes about {a_minute:.3g} GiB a minute more")
+    _say("", f"{measured} {need.peak:.3g} GiB")
 
 
 def _say_cost(run: Run, need: Need) -> Cost | None:
@@ -226,10 +231,48 @@ def num_checkpoints(run: Run) -> int:
     return max(1, math.ceil(by_epochs) + math.floor(by_steps))
 
 
-def _advice(run: Run) -> str:
-    memory = run.memory
-    if memory.batch_size > 1:
-        return "use vram_profile.batch_size=1 and more vram_profile.gradient_accumulation_steps"
-    if memory.gradient_checkpointing.value != "full":
-        return "use vram_profile.gradient_checkpointing=full"
-    return f"use max_seconds={memory.max_seconds / 2:g}"
+CHANGES: list[dict[str, Any]] = [
+    {"batch_size": 1},
+    {"gradient_checkpointing": GradientCheckpointing.selective},
+    {"gradient_checkpointing": GradientCheckpointing.full},
+    {"max_seconds": 120.0},
+    {"base_quantization": Quantization.int8},
+    {"base_quantization": Quantization.nf4},
+    {"max_seconds": 60.0},
+    {"max_seconds": 30.0},
+]
+"""What to give up for memory, in the order of docs/vram.md."""
+
+
+def what_would_fit(run: Run, available: float) -> str:
+    """The settings to type for a run that did not fit, no more of them than a plan says are needed.
+
+    Args:
+        run: that was tried.
+        available: memory of the device, in GiB.
+    """
+    config, memory = run.config, run.memory
+
+    def planned(memory: MemorySettings) -> float:
+        return plan_memory(run.checkpoint.config, config.adapter, config.optim, memory, run.dtype).total
+
+    size = planned(memory)
+    limit = 0.8 * min(available, size)  # it did not fit, whatever the plan said
+    given_up: dict[str, Any] = {}
+    for change in CHANGES:
+        changed = replace(memory, **change)
+        if (smaller := planned(changed)) >= size:
+            continue  # as much or more of it is given up already
+        memory, size = changed, smaller
+        given_up |= change
+        if size <= limit:
+            break
+    else:
+        return "nothing that can be given up would make it fit; use a larger device or a smaller model_variant"
+    if "batch_size" in given_up:  # as many songs per step as before
+        given_up["gradient_accumulation_steps"] = memory.gradient_accumulation_steps * run.memory.batch_size
+    words = [
+        f"max_seconds={value:g}" if key == "max_seconds" else f"vram_profile.{key}={value}"
+        for key, value in given_up.items()
+    ]
+    return f"use {' '.join(words)}"

@@ -7,7 +7,6 @@ import itertools
 import os
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from sidestep.inference.previews import render
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.forward import Forward, predict_velocity
 from sidestep.training.loop import make_accelerator, update_unless_bad
+from sidestep.training.memory import plan_memory
 from sidestep.training.previews import Previews
 from sidestep.training.run import Run
 from sidestep.training.tracking import used_gib
@@ -47,7 +47,7 @@ class Need:
     gradients: float
     optimizer: float
     activations: float
-    """Kept for the backward pass by one micro-batch."""
+    """Kept for the backward pass by one micro-batch, as planned: PyTorch does not say what a device holds for what."""
     peak: float
     """Measured on the device; on a CPU, memory that the whole process holds afterwards."""
     seconds_per_song: float = 0.0
@@ -136,16 +136,11 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
     )
     batch = longest_micro_batch(run).to(device)
     model.train()
-    activations = 0.0
     seconds = 0.0
     for step in range(2):
         began = time.monotonic()
         for index in range(memory.gradient_accumulation_steps):
-            counting = _Kept(transformer) if step == 0 and index == 0 else nullcontext()
-            with counting:
-                losses = forward(batch, step, index).losses.mean() / memory.gradient_accumulation_steps
-            if isinstance(counting, _Kept):
-                activations = counting.gib
+            losses = forward(batch, step, index).losses.mean() / memory.gradient_accumulation_steps
             accelerator.backward(losses)
         grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
         gradients = _gib(p.grad for p in parameters if p.grad is not None)
@@ -160,14 +155,17 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
         per_song = _time_evaluation(run, transformer) if run.held_out else 0.0
         if rendering is not None:
             rendering = _with_sampling(rendering, run, transformer)
+    longest_seconds = batch.latents.shape[1] / FRAMES_PER_SECOND
+    planned = replace(memory, batch_size=len(batch.latents), max_seconds=longest_seconds)
+    plan = plan_memory(run.checkpoint.config, config.adapter, config.optim, planned, run.dtype)
     return Need(
         seconds_per_step=seconds,
-        longest_seconds=batch.latents.shape[1] / FRAMES_PER_SECOND,
+        longest_seconds=longest_seconds,
         weights=weights,
         adapter=_gib(parameters),
         gradients=gradients,
         optimizer=_gib(moments),
-        activations=activations,
+        activations=plan.activations + plan.recomputed,
         peak=peak,
         seconds_per_song=per_song,
         previews=rendering,
@@ -230,26 +228,6 @@ def _seconds_since(began: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic() - began
-
-
-class _Kept(torch.autograd.graph.saved_tensors_hooks):
-    """While open, counts what is kept for the backward pass; parameters and buffers are there anyway."""
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        own = {t.untyped_storage().data_ptr() for t in [*transformer.parameters(), *transformer.buffers()]}
-        self._sizes: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                self._sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        super().__init__(pack, lambda tensor: tensor)
-
-    @property
-    def gib(self) -> float:
-        return sum(self._sizes.values()) / 2**30
 
 
 def _gib(tensors: object) -> float:

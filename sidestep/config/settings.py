@@ -111,6 +111,11 @@ class VramConfig:
                 "to recompute nothing type vram_profile.gradient_checkpointing=none"
             )
         check_excerpt("vram_profile.max_seconds", self.max_seconds)
+        # words, where a profile is read without Hydra
+        if self.gradient_checkpointing is not None:
+            self.gradient_checkpointing = GradientCheckpointing(self.gradient_checkpointing)
+        if self.base_quantization is not None:
+            self.base_quantization = Quantization(self.base_quantization)
 
     def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:
         """Complete this profile.
