@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from omegaconf import DictConfig
 
 from sidestep.cli import run_command
 from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, launches_sweep, to_dataclass
@@ -17,6 +21,9 @@ from sidestep.config.naming import run_name
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.sweep import points_of
+
+if TYPE_CHECKING:
+    from sidestep.checking.doctor import Cost, Examined
 
 log = logging.getLogger("sidestep.doctor")  # __main__ would not be a child of the sidestep logger
 
@@ -29,35 +36,81 @@ def doctor_command(config: TrainConfig) -> None:
 
 
 def examine_sweep(overrides: Sequence[str]) -> None:
-    """Examine every point of a sweep, and say what all of them cost; nothing is launched."""
+    """Examine every point of a sweep, and say what all of them cost; nothing is launched.
+
+    What several points have in common is measured and said once.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sidestep").setLevel(logging.INFO)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
-        sweeper = compose("train", single, return_hydra_config=True).hydra.sweeper
-    points = points_of(sweeper, overrides)
+    sweeper = _composed(single).hydra.sweeper
+    points, times = points_of(sweeper, overrides), 1
     if not points:
-        raise UserError("this sweep chooses its points as it goes; type the settings of one of them without the sweep")
-    hours, num_refused = 0.0, 0
+        if not sweeper.get("n_trials"):
+            raise UserError("this sweep does not say how many points it has; type the settings of one without it")
+        points, times = [dearest_point(sweeper.params or {}, overrides)], int(sweeper.n_trials)
+        log.info("this sweep chooses %d points as it goes; each is taken to be the dearest it may choose", times)
+    from sidestep.checking.doctor import Examined  # imported here so that a mistyped setting is answered before torch
+
+    examined, costs = Examined(), []
     for number, point in enumerate(points, start=1):
         log.info("point %d of %d: %s", number, len(points), " ".join(point))
         try:
             config = to_dataclass(compose_or_explain("train", point), TrainConfig)
-            with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
-                choices = dict(compose("train", point, return_hydra_config=True).hydra.runtime.choices)
-            cost = _examine(config, choices, point)
+            costs.append(_examine(config, dict(_composed(point).hydra.runtime.choices), point, examined))
         except UserError as error:
             log.error("%s", error)
-            cost = None
-        hours += cost or 0.0
-        num_refused += cost is None
-    log.info("%d points: at most %.2f hours of devices in all; %d cannot be begun", len(points), hours, num_refused)
+            costs.append(None)
+    known = [cost for cost in costs if cost is not None]
+    num_refused = len(costs) - len(known)
+    log.info(
+        "%d points: at most %.2f hours of devices and %.3g GiB of disk in all; %d cannot be begun",
+        len(points) * times,
+        times * sum(cost.hours for cost in known),
+        times * sum(cost.gib for cost in known),
+        num_refused * times,
+    )
     if num_refused:
         sys.exit(1)
 
 
-def _examine(config: TrainConfig, choices: dict[str, str], overrides: Sequence[str]) -> float | None:
+def dearest_point(params: Mapping[str, str], overrides: Sequence[str]) -> list[str]:
+    """What is typed for a point of a sweep that chooses as it goes: its largest numbers, and of words the first.
+
+    Args:
+        params: what the sweep chooses from, ``hydra.sweeper.params``.
+        overrides: what was typed for the sweep.
+    """
+    typed = [f"{key}={value}" for key, value in params.items()]
+    point = []
+    for override in OverridesParser.create().parse_overrides([*typed, *overrides]):
+        key, choice = override.key_or_group, override.value()
+        if isinstance(choice, IntervalSweep):
+            point.append(f"{key}={choice.end}")
+        elif override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+            point.append(f"{key}={max(values, key=float) if all(map(_is_number, values)) else values[0]}")
+        else:
+            point.append(str(override.input_line))
+    return point
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        return compose("train", list(overrides), return_hydra_config=True)
+
+
+def _examine(
+    config: TrainConfig, choices: dict[str, str], overrides: Sequence[str], examined: Examined | None = None
+) -> Cost | None:
     # imported here so that a mistyped setting is answered before torch loads
     from sidestep.checking.doctor import examine
 
@@ -66,7 +119,7 @@ def _examine(config: TrainConfig, choices: dict[str, str], overrides: Sequence[s
 
         prepare_demo(config)
     run = run_name(choices["adapter"], choices["model_variant"], overrides, config.name)
-    return examine(config, Path("outputs") / config.name / run, choices)
+    return examine(config, Path("outputs") / config.name / run, choices, examined)
 
 
 if __name__ == "__main__":

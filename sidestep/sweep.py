@@ -171,9 +171,12 @@ def end_sweep() -> int:
     points = collect_points(sweep_dir)
     if {point.status for point in points} == {"waiting"}:
         return 0  # refused before anything began; why, is said elsewhere
-    write_tables(sweep_dir, points)
-    log.info("the page about it is %s", write_page(sweep_dir, inline_mb=8))
     print(as_table(points, sweep_dir))
+    try:
+        write_tables(sweep_dir, points)
+        log.info("the page about it is %s", write_page(sweep_dir, inline_mb=8))
+    except OSError as error:  # a full disk does not change what the points came to
+        log.warning("the table and the page are not up to date: %s", error)
     failed = 0
     for point in points:
         attempt = read_point(sweep_dir / point.name) if point.name else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import shutil
@@ -12,6 +14,7 @@ import pytest
 import soundfile
 
 from sidestep.reporting.page import write_page
+from sidestep.reporting.runs import as_csv, as_json, as_table, collect_points
 from tests.factories import run_training
 
 CHROMIUM = next(
@@ -98,8 +101,8 @@ def embedded(page: Path) -> dict:
 
 
 def test_the_data_survives_and_no_text_of_a_file_is_markup(sweep):
-    runs = {run["name"]: run for run in embedded(sweep / "report.html")["runs"]}
-    assert runs["lora-rank0"]["error"] == f"rank=0 {EVIL}"
+    runs = {run["row"]["point"]: run for run in embedded(sweep / "report.html")["runs"]}
+    assert runs["lora-rank0"]["row"]["error"] == f"rank=0 {EVIL}"
     assert EVIL in {preview["prompt"] for preview in runs["lora-rank4"]["previews"]}
     assert EVIL not in (sweep / "report.html").read_text()
     assert "<img" not in (sweep / "report.html").read_text()
@@ -133,11 +136,77 @@ def test_a_real_run_has_its_curve_its_evaluations_and_its_music(tmp_path, checkp
     record = json.loads((run / "run.json").read_text())
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert shown["losses"] == pytest.approx(losses, abs=1e-5)
-    assert shown["validation"]["best_loss"] == record["validation"]["best_loss"] == shown["objective"]
-    assert [row["step"] for row in shown["evaluations"]] == [3, 6]
+    row = shown["row"]
+    assert row["validation_best_loss"] == record["validation"]["best_loss"] == row["objective"]
+    assert shown["evaluations"]["steps"] == [3, 6]
+    rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert shown["evaluations"]["losses"] == [line["loss"] for line in rows]
+    best = min(rows, key=lambda line: line["loss"])
+    assert shown["by_time"] == {key: best[key] for key in ("times", "losses", "base_losses")}
     assert [(preview["scale"], preview["epoch"]) for preview in shown["previews"]] == [(0.0, 0.0), (1.0, 2.0)]
-    assert shown["memory_gib"] > 0
-    assert shown["seconds"] > 0
+    assert row["memory_gib"] == round(record["memory_gib"], 2) > 0
+    assert row["train_seconds"] == round(record["train_seconds"], 1) > 0
+
+
+def test_the_page_csv_and_json_show_one_table(sweep):
+    points = collect_points(sweep)
+    shown = [run["row"] for run in embedded(sweep / "report.html")["runs"]]
+    assert shown == json.loads(as_json(points))
+    columns, *rows = csv.reader(io.StringIO(as_csv(points)))
+    for row, cells in zip(shown, rows, strict=True):
+        in_csv = dict(zip(columns, cells, strict=True))
+        assert {key: in_csv[key] for key in row["settings"]} == row["settings"]
+        values = {key: "" if value is None else str(value) for key, value in row.items() if key != "settings"}
+        assert {key: in_csv[key] for key in values} == values
+    assert {row["point"]: row["rank"] for row in shown} == {
+        "lora-rank4": 1, "lora-rank16": 2, "lora-rank8": 3, "lora-rank0": None,
+    }  # fmt: skip
+
+
+DAMAGE = {
+    "point.json": ['{"overrides": [1], "status": 3}', '{"overrides": "x", "seconds": "long"}', "[1]", "\xff", "{",
+                   '{"overrides": [], "status": "running", "started": "yesterday"}'],
+    "run.json": ['{"validation": {"best_loss": "low"}}', "[]", '{"status": "finished", "error": "\\ud800"}'],
+    "metrics.jsonl": ['{"step": "one", "loss": 1}\n{"step": 2, "loss": [3]}\n[]\n7\n{"step": 3, "loss": NaN}'],
+    "validation.jsonl": ['{"step": 20, "loss": 1}', '{"step": 20, "loss": 1, "times": 3, "losses": [null]}', "null"],
+    "previews/base/previews.json": ['{"files": [{"file": 3}, 7, {"seed": "x"}]}', '{"files": "no", "step": []}', "[3]"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_file_costs_no_more_than_what_it_said(file, tmp_path):
+    write_point(tmp_path / "good", num_previews=1)
+    whole = embedded(write_page(tmp_path, inline_mb=0))["runs"][0]
+    bad = write_point(tmp_path / "hurt", best=1.1, num_previews=1)
+    for damage in DAMAGE[file]:
+        (bad / file).write_text(damage, encoding="latin-1")
+        points = collect_points(tmp_path)
+        assert "good" in as_table(points, tmp_path)
+        shown = embedded(write_page(tmp_path, inline_mb=0))["runs"]
+        assert [run["row"] for run in shown] == json.loads(as_json(points))
+        assert [run["row"]["point"] for run in shown] == ["good", "hurt"]
+        assert {**shown[0], "row": None} == {**whole, "row": None}
+
+
+def test_long_curves_are_thinned_and_the_lowest_evaluation_stays(tmp_path):
+    folder = write_point(tmp_path / "run", steps=3000)
+    lines = [{"step": s, "loss": 1 if s == 1501 else 2, "base_loss": 3} for s in range(1, 3001)]
+    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = embedded(write_page(tmp_path, inline_mb=0))["runs"]
+    assert run["steps_per_point"] == 12
+    assert len(run["steps"]) == len(run["losses"]) == 250
+    metrics = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()[:12]]
+    assert run["losses"][0] == pytest.approx(sum(metrics) / 12, abs=1e-5)
+    evaluations = run["evaluations"]
+    assert len(evaluations["steps"]) <= 252
+    assert dict(zip(evaluations["steps"], evaluations["losses"], strict=True))[1501] == 1
+    assert evaluations["steps"][-1] == 3000
+
+
+def test_the_page_of_one_run_can_be_written_from_inside_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_point(tmp_path / "s/run"))
+    (run,) = embedded(write_page(Path(), inline_mb=0))["runs"]
+    assert (run["row"]["point"], run["folder"]) == ("run", ".")
 
 
 # what it does
@@ -201,13 +270,61 @@ def test_ticked_runs_are_drawn_and_can_be_zoomed(opened):
         assert opened.locator(f"#{chart} canvas").count() == 1
     opened.get_by_label("show lora-rank8").uncheck()
     assert opened.locator("#legend li").all_inner_texts() == ["lora-rank16", "lora-rank4"]
+
+
+def shown_part(page, chart: str = "chart-train") -> tuple[float, float]:
+    """From where to where a chart shows its curves, as it says itself."""
+    page.wait_for_timeout(50)  # it draws in the next frame
+    _, first, _, last = page.locator(f"#{chart} .zoom span").inner_text().split()
+    return float(first), float(last)
+
+
+def test_curves_zoom_by_dragging_and_a_double_click_shows_all(opened):
+    assert shown_part(opened) == (1, 40)
     area = opened.locator("#chart-train .u-over").bounding_box()
-    before = opened.locator("#chart-train canvas").screenshot()
     opened.mouse.move(area["x"] + 0.3 * area["width"], area["y"] + 20)
     opened.mouse.down()
     opened.mouse.move(area["x"] + 0.6 * area["width"], area["y"] + 20, steps=3)
     opened.mouse.up()
-    assert opened.locator("#chart-train canvas").screenshot() != before
+    first, last = shown_part(opened)
+    assert first == pytest.approx(1 + 0.3 * 39, abs=1)
+    assert last == pytest.approx(1 + 0.6 * 39, abs=1)
+    assert shown_part(opened, "chart-validation") == (10, 40)
+    opened.mouse.dblclick(area["x"] + 0.5 * area["width"], area["y"] + 20)
+    assert shown_part(opened) == (1, 40)
+
+
+def test_curves_zoom_by_keyboard_and_keep_their_part_when_drawn_anew(opened):
+    buttons = opened.locator("#chart-train .zoom")
+    buttons.get_by_label("zoom in").press("Enter")
+    first, last = shown_part(opened)
+    assert (first, last) == (11, 30)  # of 10.75 to 30.25
+    buttons.get_by_label("to the right").press("Space")
+    assert shown_part(opened) == (21, 40)  # 20.5 to 40
+    opened.get_by_label("show lora-rank8").uncheck()
+    assert shown_part(opened) == (21, 40)
+    buttons.get_by_label("to the right").press("Enter")  # there is nothing past the end
+    assert shown_part(opened) == (21, 40)
+    buttons.get_by_label("zoom out").press("Enter")
+    assert shown_part(opened) == (1, 40)
+    buttons.get_by_label("zoom in").press("Enter")
+    buttons.get_by_label("show all").press("Enter")
+    assert shown_part(opened) == (1, 40)
+
+
+def test_a_curve_that_is_zoomed_is_drawn_anew(opened):
+    """That the words are true: the end of the axis moves with them."""
+    ends = "() => [...document.querySelectorAll('#chart-train .u-over')].map(o => o.clientWidth)"
+    canvas = opened.locator("#chart-train canvas")
+    before, width = canvas.screenshot(), opened.evaluate(ends)
+    opened.locator("#chart-train .zoom").get_by_label("zoom in").press("Enter")
+    opened.locator("#chart-train .zoom").get_by_label("show all").press("Enter")
+    shown_part(opened)
+    assert canvas.screenshot() == before
+    opened.locator("#chart-train .zoom").get_by_label("zoom in").press("Enter")
+    shown_part(opened)
+    assert canvas.screenshot() != before
+    assert opened.evaluate(ends) == width
 
 
 def test_music_plays_side_by_side_one_at_a_time(opened):
@@ -242,12 +359,21 @@ def test_a_blind_comparison_shows_no_name_and_saves_what_was_chosen(opened, tmp_
     assert all(choice["a"]["file"].endswith(".flac") and choice["a"] != choice["b"] for choice in choices)
 
 
-def test_it_fits_a_phone_in_the_dark(browser, sweep):
-    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
+def test_it_fits_a_phone_in_the_dark_and_zooms_by_touch(browser, tmp_path):
+    long = "lora-base-" + "x" * 54
+    write_point(tmp_path / "s" / long, prompt="w" * 200, num_previews=1)
+    write_point(tmp_path / "s" / long[:-1], rank=16, best=1.5, num_previews=1, error="y" * 300)
+    context = browser.new_context(
+        viewport={"width": 360, "height": 800}, color_scheme="dark", has_touch=True, is_mobile=True
+    )
     page = context.new_page()
-    page.goto((sweep / "report.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.goto(write_page(tmp_path / "s", inline_mb=0).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    page.locator("#chart-train .zoom").get_by_label("zoom in").tap()
+    assert shown_part(page) == (11, 30)
+    page.locator("#blind-start").tap()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
     context.close()
 
 
@@ -261,6 +387,23 @@ def test_runs_that_were_evaluated_differently_are_not_ranked(browser, tmp_path):
     assert "rank" not in headers
     assert "evaluated" in headers
     assert page.locator("#chart-setting canvas").count() == 0
+    page.close()
+
+
+def test_of_very_many_runs_the_table_shows_some_until_asked(browser, tmp_path):
+    for number in range(320):
+        folder = tmp_path / f"s/run{number}"
+        folder.mkdir(parents=True)
+        point = {"overrides": [f"seed={number}"], "status": "finished", "objective": 1 + number / 1000}
+        (folder / "point.json").write_text(json.dumps(point))
+    page = browser.new_page()
+    page.goto(write_page(tmp_path / "s", inline_mb=0).as_uri())
+    assert page.locator("#runs tbody tr").count() == 300
+    assert page.locator("#count").inner_text() == "300 of 320 shown"
+    page.locator("#more").click()
+    assert page.locator("#runs tbody tr").count() == 320
+    assert not page.locator("#more").is_visible()
+    assert page.locator("#chart-setting canvas").count() == 1
     page.close()
 
 

@@ -13,7 +13,7 @@ import yaml
 from sidestep.config.gate import conf_dir, read_profiles
 from sidestep.config.help import field_docs
 from sidestep.config.naming import run_name
-from sidestep.config.settings import PreprocessConfig, TrainConfig, VramConfig
+from sidestep.config.settings import GradientCheckpointing, PreprocessConfig, TrainConfig, VramConfig
 from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
@@ -149,7 +149,7 @@ def test_turbo_and_base_are_written_with_their_own_shift_and_steps():
 def test_the_automatic_profile_is_the_largest_that_fits(gib, seconds):
     memory = VramConfig().resolve(read_profiles(), gib)
     assert memory.max_seconds == seconds
-    assert memory.gradient_checkpointing == ("full" if gib < 20 else "none")
+    assert memory.gradient_checkpointing is (GradientCheckpointing.full if gib < 20 else GradientCheckpointing.none)
 
 
 def test_a_typed_value_wins_over_the_automatic_profile():

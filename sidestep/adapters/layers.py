@@ -87,7 +87,7 @@ class OftLayer(nn.Module):
         adapter would be rounded away in bfloat16.
         """
         (x,) = inputs
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # a plan of memory has no device
             turn = turns(self.weight, self.block_size, self.neumann_terms).to(output.dtype)
             blocks = x.to(output.dtype).unflatten(-1, (-1, self.block_size))
             difference = torch.einsum("...rk,rkc->...rc", blocks, turn.expand(blocks.shape[-2], -1, -1)).flatten(-2)

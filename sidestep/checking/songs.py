@@ -11,40 +11,45 @@ from pathlib import Path, PurePosixPath
 from safetensors import SafetensorError, safe_open
 
 from sidestep.data.audio import SILENT_PEAK
+from sidestep.data.dataset import SongDataset, StoredSongs
 from sidestep.data.holdout import content_id
 from sidestep.data.manifest import AGAIN, SongRecord
 
 SHOWN = 3
+_TRACK = re.compile(r"^\d+[\s._-]+")
 _VERSION = re.compile(
-    r"[\(\[].*?[\)\]]|\b(live|remix|demo|instrumental|acapella|acoustic|edit|version|take|part|pt|mix|master)\b|[\d_.\-]+"
+    r"[\(\[].*?[\)\]]|\b(?:live|remix|demo|instrumental|acapella|acoustic|edit|version|take|part|pt|mix|master)\b *\d*"
+    r"|\bv\d+\b"
 )
 
 
-def check_songs(folder: Path, songs: Sequence[SongRecord], held_out: Sequence[int]) -> list[str]:
+def check_songs(dataset: SongDataset, held_out: Sequence[int]) -> list[str]:
     """Describe every oddity in one line each; nothing if there is none.
 
     Args:
-        folder: the dataset folder.
-        songs: of the dataset.
+        dataset: all songs, those of a prior dataset too.
         held_out: numbers of those that are only evaluated.
     """
-    notes = []
+    notes, songs = [], dataset.songs
     same = defaultdict(list)
     for song in songs:
         same[content_id(song)].append(song.audio)
     if doubles := [names for names in same.values() if len(names) > 1]:
         notes.append(f"the same sound under several names: {_some(' = '.join(names) for names in doubles)}")
-    notes += _from_headers(folder, songs)
+    for source in dataset.sources:
+        if isinstance(source, StoredSongs):  # others' tensor files do not say
+            notes += _from_headers(source)
     if blank := [song.audio for song in songs if not song.caption.strip() or song.source == "file name"]:
         notes.append(f"captioned by the file name, or not at all: {_some(blank)}")
     notes += _families(songs, set(held_out))
     return notes
 
 
-def _from_headers(folder: Path, songs: Sequence[SongRecord]) -> list[str]:
+def _from_headers(source: StoredSongs) -> list[str]:
     """What preprocessing wrote into the headers of the files: how loud a song is, and what was cut from its words."""
     silent, clipped, cut, damaged = [], [], [], []
-    for song in songs:
+    folder = source.folder
+    for song in source.songs:
         try:
             peak = float(_metadata(folder / song.latents).get("peak", "0.5"))
             cuts = json.loads(_metadata(folder / song.conditions).get("cut", "{}"))
@@ -89,9 +94,13 @@ def _families(songs: Sequence[SongRecord], held_out: set[int]) -> list[str]:
 
 
 def family_of(audio: str) -> str:
-    """A file name without its numbers, brackets and words like live: what versions of one song have in common."""
+    """A file name without its track number, brackets and words like live: what versions of a song have in common.
+
+    Other numbers stay, since "track 1" and "track 2" are two songs.
+    """
     stem = PurePosixPath(audio).stem.lower()
-    return " ".join(_VERSION.sub(" ", stem).split()) or stem
+    words = re.sub(r"[_.\-\s]+", " ", _TRACK.sub("", stem))
+    return " ".join(_VERSION.sub(" ", words).split()) or stem
 
 
 def _some(names: Iterable[str]) -> str:

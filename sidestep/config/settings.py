@@ -126,6 +126,11 @@ class VramConfig:
         if self.offloaded_share is not None and not 0 <= self.offloaded_share <= 1:
             raise UserError(f"vram_profile.offloaded_share={self.offloaded_share} must be from 0 to 1")
         check_excerpt("vram_profile.max_seconds", self.max_seconds)
+        # words, where a profile is read without Hydra
+        if self.gradient_checkpointing is not None:
+            self.gradient_checkpointing = GradientCheckpointing(self.gradient_checkpointing)
+        if self.base_quantization is not None:
+            self.base_quantization = Quantization(self.base_quantization)
 
     def resolve(self, profiles: list[VramConfig], available_gib: float) -> MemorySettings:
         """Complete this profile.

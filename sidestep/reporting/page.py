@@ -1,7 +1,8 @@
 """One HTML file about a run or a sweep, to look at and to listen to, from disk and without a network.
 
-All numbers come from files of the runs: run.json, metrics.jsonl, validation.jsonl and previews/*/previews.json. They
-travel in one block of JSON; the page's script shows them as text, so nothing that a file says becomes part of the page.
+All numbers come from files of the runs: run.json, point.json, metrics.jsonl, validation.jsonl and
+previews/*/previews.json. They travel in one block of JSON; the page's script shows them as text, so nothing that a file
+says becomes part of the page. What cannot be read is passed over, so that one damaged file does not cost the page.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,35 +19,43 @@ from typing import Any
 
 from sidestep.files import write_text
 from sidestep.records import parse_json
-from sidestep.reporting.runs import Point, collect_points
+from sidestep.reporting.runs import POINT, RUN, collect_points, plain, rows_of
 from sidestep.times import now
+
+log = logging.getLogger(__name__)
 
 NAME = "report.html"
 _WEB = Path(__file__).parent / "web"
 _CURVE = 250
-"""Points of a curve; each is the mean of the steps it stands for."""
+"""Most points of a curve; each is the mean of the steps it stands for."""
+_CURVES = 50_000
+"""Points of all training curves together; of very many runs each has fewer."""
+
+
+@dataclass(kw_only=True)
+class Evaluations:
+    """What a run's ``validation.jsonl`` says, one number per evaluation."""
+
+    steps: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    base_losses: list[float | None] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
 class PageRun:
     """One run as the page shows it."""
 
-    name: str
-    status: str
+    row: dict[str, Any]
+    """Its row of the table."""
     folder: str
-    """Relative to the page."""
-    error: str = ""
-    settings: dict[str, str] = field(default_factory=dict)
-    objective: float | None = None
-    step: int = 0
-    num_steps: int = 0
-    seconds: float = 0.0
-    memory_gib: float = 0.0
-    validation: dict[str, Any] = field(default_factory=dict)
+    """Relative to the page; empty if the run was not begun."""
     steps: list[float] = field(default_factory=list)
-    """Of the training curve."""
+    """Of the training curve; each the last of those that a point stands for."""
+    steps_per_point: int = 1
     losses: list[float | None] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    by_time: dict[str, Any] = field(default_factory=dict)
+    """times, losses and base_losses of the best evaluation."""
     previews: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -62,11 +72,15 @@ def write_page(folder: Path, inline_mb: float) -> Path:
     Raises:
         UserError: if the folder holds neither.
     """
-    if (folder / "run.json").is_file():
-        points = [point for point in collect_points(folder.parent) if point.name == folder.name]
-        runs = [_read_run(point, folder, folder) for point in points]
+    if (folder / RUN).is_file() or (folder / POINT).is_file():
+        place = folder.resolve()
+        points = [point for point in collect_points(place.parent) if point.name == place.name]
+        folders = {place.name: folder}
     else:
-        runs = [_read_run(point, folder / point.name, folder) for point in collect_points(folder)]
+        points = collect_points(folder)
+        folders = {point.name: folder / point.name for point in points if point.name}
+    curve = max(20, min(_CURVE, _CURVES // max(1, len(points))))
+    runs = [_read_run(row, folders.get(row["point"]), folder, curve) for row in rows_of(points)]
     _embed(runs, folder, inline_mb)
     title = f"{folder.resolve().parent.name}/{folder.resolve().name}"
     values = {"title": title, "made": now(), "runs": [asdict(run) for run in runs]}
@@ -92,50 +106,62 @@ def _as_script(values: Any) -> str:
     return text
 
 
-def _read_run(point: Point, folder: Path, page_dir: Path) -> PageRun:
-    record = point.record
-    settings = point.settings or {key: str(record.get("settings", {}).get(key, "")) for key in ("adapter", "optim.lr")}
-    run = PageRun(
-        name=point.name,
-        status=point.status,
-        folder=_relative(folder, page_dir) if point.name else "",
-        error=point.error,
-        settings=settings,
-        objective=_finite(point.objective),
-        step=point.step,
-        num_steps=point.num_steps,
-        seconds=_finite(record.get("train_seconds")) or 0.0,
-        memory_gib=_finite(record.get("memory_gib")) or 0.0,
-        validation=_plain(record.get("validation") or {}),
-    )
-    if not point.name:
-        return run
-    rows = [
-        (row["step"], row["loss"])
-        for row in _rows(folder / "metrics.jsonl")
-        if _finite(row.get("step")) and "loss" in row
-    ]
-    size = max(1, math.ceil(len(rows) / _CURVE))
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        known = [loss for _, loss in part if _finite(loss) is not None]
-        run.steps.append(part[-1][0])
+def _read_run(row: dict[str, Any], folder: Path | None, page_dir: Path, curve: int) -> PageRun:
+    """Gather what the page shows of a run.
+
+    Args:
+        row: of the table.
+        folder: the run's; None if it was not begun.
+        page_dir: where the page will lie.
+        curve: most points of a curve.
+    """
+    if folder is None:
+        return PageRun(row=row, folder="")
+    run = PageRun(row=row, folder=_relative(folder, page_dir))
+    steps = [line for line in _lines(folder / "metrics.jsonl") if _finite(line.get("step")) is not None]
+    run.steps_per_point = size = max(1, math.ceil(len(steps) / curve))
+    for start in range(0, len(steps), size):
+        part = steps[start : start + size]
+        known = [loss for line in part if (loss := _finite(line.get("loss"))) is not None]
+        run.steps.append(part[-1]["step"])
         run.losses.append(round(sum(known) / len(known), 5) if known else None)
-    run.evaluations = [
-        _plain(row) for row in _rows(folder / "validation.jsonl") if _finite(row.get("loss")) is not None
+    evaluations = [
+        line
+        for line in _lines(folder / "validation.jsonl")
+        if _finite(line.get("step")) is not None and _finite(line.get("loss")) is not None
     ]
+    for line in _thinned(evaluations, curve):
+        run.evaluations.steps.append(line["step"])
+        run.evaluations.losses.append(line["loss"])
+        run.evaluations.base_losses.append(_finite(line.get("base_loss")))
+    best = next((line for line in evaluations if line["step"] == row["validation_best_step"]), {})
+    run.by_time = {key: best.get(key) for key in ("times", "losses", "base_losses")}
+    lengths = {len(numbers) if _are_finite(numbers) else -1 for numbers in run.by_time.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        run.by_time = {}
     run.previews = _read_previews(folder / "previews", page_dir)
     return run
+
+
+def _thinned(evaluations: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Leave out evaluations where there are more than a curve shows, but not the lowest one nor the last."""
+    if len(evaluations) <= most:
+        return evaluations
+    lowest = min(range(len(evaluations)), key=lambda number: evaluations[number]["loss"])
+    kept = {*range(0, len(evaluations), math.ceil(len(evaluations) / most)), lowest, len(evaluations) - 1}
+    return [evaluations[number] for number in sorted(kept)]
 
 
 def _read_previews(folder: Path, page_dir: Path) -> list[dict[str, Any]]:
     """Every preview of a run, those of the base model first and then by step."""
     previews: list[dict[str, Any]] = []
-    for path in folder.glob("*/previews.json"):
-        listed = _json(path.read_text(encoding="utf-8", errors="replace"))
-        for file in listed.get("files", []):
-            audio = path.parent / Path(str(file.get("file", ""))).name  # never a file of another folder
-            if not audio.is_file():
+    for path in sorted(folder.glob("*/previews.json")):
+        listed = plain(next(iter(_lines(path, whole=True)), {}))
+        files = listed.get("files")
+        for file in files if isinstance(files, list) else []:
+            name = file.get("file") if isinstance(file, dict) else None
+            audio = path.parent / Path(name).name if isinstance(name, str) else path  # never a file of another folder
+            if audio == path or not audio.is_file():
                 continue
             picture = audio.with_suffix(".png")
             previews.append(
@@ -143,10 +169,10 @@ def _read_previews(folder: Path, page_dir: Path) -> list[dict[str, Any]]:
                     "audio": _relative(audio, page_dir),
                     "picture": _relative(picture, page_dir) if picture.is_file() else "",
                     "prompt": str(file.get("prompt", "")),
-                    "seed": int(file.get("seed", 0)),
-                    "scale": float(file.get("scale", 0)),
-                    "step": int(listed.get("step", 0)),
-                    "epoch": float(listed.get("epoch", 0)),
+                    "seed": _finite(file.get("seed")) or 0,
+                    "scale": _finite(file.get("scale")) or 0,
+                    "step": _finite(listed.get("step")) or 0,
+                    "epoch": _finite(listed.get("epoch")) or 0,
                     "hash": str(listed.get("hash", "")),
                 }
             )
@@ -173,29 +199,29 @@ def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [row for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if (row := _json(line))]
-
-
-def _json(text: str) -> dict[str, Any]:
-    """Parse an object; what a killed run left unreadable, or is something else, counts as empty."""
+def _lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    """Read the objects of a file of JSON lines, or the one that a whole file is; without those that are damaged."""
     try:
-        value = parse_json(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        log.warning("passing over %s, which cannot be read: %s", path, error)
+        return []
+    objects = []
+    for line in [text] if whole else text.split("\n"):
+        try:
+            value = parse_json(line) if line else None
+        except (ValueError, RecursionError):  # a killed run leaves half a line
+            continue
+        if isinstance(value, dict):
+            objects.append(value)
+    return objects
 
 
 def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
-    """The same values without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _are_finite(values: Any) -> bool:
+    return isinstance(values, list) and all(_finite(value) is not None for value in values)

@@ -19,10 +19,12 @@ import shutil
 import socket
 import subprocess
 import time
+import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from sidestep.errors import UserError
@@ -37,6 +39,7 @@ STATUSES = ("running", "submitted", "waiting", "interrupted", "failed", "finishe
 _NOT_SHOWN = ("swept", "name")
 _WHERE = ("cluster", "hydra", "local")
 _HOST = socket.gethostname()
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 MANY = 40
 """Points that a terminal shows one by one."""
 
@@ -152,6 +155,8 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
         record=record,
     )
     if attempt is None:  # a run that was typed by itself
+        chosen = record.get("settings", {})
+        point.settings = {key: str(chosen[key]) for key in ("adapter", "optim.lr") if key in chosen}
         return point
     point.settings, point.seconds = _settings(attempt.overrides), attempt.seconds
     point.where = attempt.job or attempt.host
@@ -178,18 +183,56 @@ def read_plan(sweep_dir: Path) -> Plan | None:
     """Read ``plan.json``; None if there is none that can be read."""
     values = _read_json(sweep_dir / PLAN)
     try:
-        return Plan(launched=values["launched"], points=[PlannedPoint(**point) for point in values["points"]])
-    except (KeyError, TypeError):
+        plan = Plan(launched=values["launched"], points=[PlannedPoint(**point) for point in values["points"]])
+        _check_kinds(plan)
+        for point in plan.points:
+            _check_kinds(point)
+    except (KeyError, TypeError) as error:
+        _pass_over(sweep_dir / PLAN, error, values)
         return None
+    return plan
 
 
 def read_point(folder: Path) -> PointRecord | None:
     """Read ``point.json``; None if there is none that can be read."""
     values = _read_json(folder / POINT)
     try:
-        return PointRecord(**values)
-    except TypeError:
+        point = PointRecord(**values)
+        _check_kinds(point)
+    except TypeError as error:
+        _pass_over(folder / POINT, error, values)
         return None
+    return point
+
+
+_KINDS = {record: typing.get_type_hints(record) for record in (Plan, PlannedPoint, PointRecord)}
+
+
+def _check_kinds(record: Plan | PlannedPoint | PointRecord) -> None:
+    """Refuse values of another type than a sweep writes.
+
+    Raises:
+        TypeError: naming the first of them.
+    """
+    for key, kind in _KINDS[type(record)].items():
+        if not _is(value := getattr(record, key), kind):
+            raise TypeError(f"{key} is {value!r:.60}")
+    started = getattr(record, "started", "")
+    if started and not _TIME.fullmatch(started):
+        raise TypeError(f"started is {started!r:.60}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(item, typing.get_args(kind)[0]) for item in value)
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _pass_over(path: Path, error: Exception, values: object) -> None:
+    if values:  # what could not be read at all was said before, and what is not there needs no word
+        log.warning("passing over %s, which cannot be understood: %s", path, error)
 
 
 def queued_jobs() -> dict[str, str] | None:
@@ -237,13 +280,24 @@ def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def _read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        values = plain(parse(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         log.warning("passing over %s, which cannot be read: %s", path, error)
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def plain(value: Any) -> Any:
+    """The same values without NaN and infinity, which JSON does not have, and half characters, which no file takes."""
+    if isinstance(value, dict):
+        return {plain(str(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # the table
@@ -255,40 +309,71 @@ def write_tables(sweep_dir: Path, points: Sequence[Point]) -> None:
     write_text(sweep_dir / "sweep.json", as_json(points))
 
 
+_EVALUATED = ("best_loss", "best_step", "base_loss", "train_loss", "hash")
+
+
+def rows_of(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The table that CSV, JSON and the page show, in values that JSON has; every row has the same keys.
+
+    ``objective`` is the number that a sweep minimises: the best loss on held-out songs, or without them the smoothed
+    training loss. ``rank`` counts the finished points by it from 1, and is left out where their objectives are not
+    comparable. ``seconds`` are those of all attempts of a sweep at a point, ``train_seconds`` those of its steps.
+    """
+    ranks = {id(point): place for place, point in enumerate(ranked(points), start=1)}
+    return [
+        {
+            "point": point.name,
+            "status": point.status,
+            "rank": ranks.get(id(point)),
+            "objective": _finite(point.objective),
+            "step": point.step,
+            "num_steps": point.num_steps,
+            "seconds": round(_finite(point.seconds) or 0.0, 1),
+            "train_seconds": round(_finite(point.record.get("train_seconds")) or 0.0, 1),
+            "memory_gib": round(_finite(point.record.get("memory_gib")) or 0.0, 2),
+            **{f"validation_{key}": (point.record.get("validation") or {}).get(key) for key in _EVALUATED},
+            "where": point.where,
+            "error": point.error,
+            "settings": point.settings,
+        }
+        for point in points
+    ]
+
+
+def ranked(points: Sequence[Point]) -> list[Point]:
+    """The finished points whose objectives compare, best first; none where they were measured in several ways.
+
+    Losses on other songs, times or models say nothing about each other, and training losses nothing about either.
+    """
+    measured = [point for point in points if point.status == "finished" and _finite(point.objective) is not None]
+    if len(ways_of_measuring(measured)) > 1:
+        return []
+    return sorted(measured, key=lambda point: (point.objective, point.name))
+
+
+def ways_of_measuring(points: Sequence[Point]) -> set[str]:
+    """What the objectives of points are losses on: hashes of what was evaluated, or "" for training losses."""
+    return {_measured_on(point) for point in points if _finite(point.objective) is not None}
+
+
+def _measured_on(point: Point) -> str:
+    return str((point.record.get("validation") or {}).get("hash", ""))
+
+
 def as_csv(points: Sequence[Point]) -> str:
     """The table with one column per setting that was typed for any point."""
-    columns, rows = _columns(points)
+    rows, keys = rows_of(points), _keys(points)
+    columns = [key for key in (rows[0] if rows else {}) if key != "settings"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *(keys := _keys(points))])
-    writer.writerows(
-        [*row, *(point.settings.get(key, "") for key in keys)] for row, point in zip(rows, points, strict=True)
-    )
+    writer.writerow([*columns, *keys])
+    writer.writerows([*(row[key] for key in columns), *(row["settings"].get(key, "") for key in keys)] for row in rows)
     return text.getvalue()
 
 
 def as_json(points: Sequence[Point]) -> str:
     """The table as a list of objects, with what was typed under "settings"."""
-    columns, rows = _columns(points)
-    objects = [
-        {**dict(zip(columns, row, strict=True)), "settings": point.settings}
-        for row, point in zip(rows, points, strict=True)
-    ]
-    return json.dumps(objects, indent=1, ensure_ascii=False) + "\n"
-
-
-def _columns(points: Sequence[Point]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["point", "status", "objective", "step", "num_steps", "seconds", "where", "error"]
-    measured = ["best_loss", "best_step", "base_loss", "train_loss", "hash"]
-    columns += [*(f"validation_{key}" for key in measured), "memory_gib"]
-    return columns, [
-        [
-            *(p.name, p.status, _finite(p.objective), p.step, p.num_steps, round(p.seconds, 1), p.where, p.error),
-            *((p.record.get("validation") or {}).get(key) for key in measured),
-            round(p.record.get("memory_gib", 0.0), 2),
-        ]
-        for p in points
-    ]
+    return json.dumps(rows_of(points), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
@@ -296,12 +381,13 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
 
     Of many points only the best ten, the failed ones and the counts.
     """
-    evaluated = {_evaluated(p) for p in points if p.objective is not None}
-    comparable = len(evaluated) < 2
-    ranked = sorted(points, key=lambda p: (p.status != "finished", _rank(p.objective) if comparable else 0.0, p.name))
-    shown = ranked if len(points) <= MANY else ranked[:10]
+    best = ranked(points)
+    places = {id(point): place for place, point in enumerate(best)}
+    ordered = sorted(points, key=lambda p: (p.status != "finished", places.get(id(p), len(points)), p.name))
+    shown = ordered if len(points) <= MANY else ordered[:10]
+    ways = ways_of_measuring(points)
     keys = [key for key in _keys(points) if len({point.settings.get(key) for point in points}) > 1]
-    header = ["point", "status", "objective", "steps", "time", "where"]
+    header = ["point", "status", "objective", "steps", "time", "where", *(["evaluated"] if len(ways) > 1 else [])]
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or "(not begun)",
@@ -310,6 +396,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
             f"{p.step}/{p.num_steps}" if p.num_steps else "",
             duration(p.seconds) if p.seconds else "",
             p.where,
+            *(([_measured_on(p) or "training loss"] if p.objective is not None else [""]) if len(ways) > 1 else ()),
         ]
         for p in shown
     ]
@@ -320,10 +407,10 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     ]
     if len(shown) < len(points):
         lines.append(f"... and {len(points) - len(shown)} more in {sweep_dir / 'sweep.csv'}")
-    if not comparable:
+    if len(ways) > 1:
         lines.append(
-            f"these points were evaluated in {len(evaluated)} ways, on other songs, times or models, so their "
-            f"objectives cannot be compared; {sweep_dir / 'sweep.csv'} says which belong together (validation_hash)"
+            f"these points were evaluated in {len(ways)} ways, on other songs, times or models, so their objectives "
+            f"cannot be compared and none is called the best; those of one value of evaluated belong together"
         )
     failed = [p for p in points if p.status == "failed"]
     lines += [f"{_called(p)} failed: {p.error}" for p in failed[:MANY]]
@@ -341,18 +428,8 @@ def _keys(points: Sequence[Point]) -> list[str]:
     return sorted({key for point in points for key in point.settings})
 
 
-def _finite(number: float | None) -> float | None:
-    return number if number is not None and math.isfinite(number) else None  # JSON has no NaN
-
-
-def _evaluated(point: Point) -> str:
-    """On what a point was evaluated: the hash of it, or empty where its objective is a training loss."""
-    return str((point.record.get("validation") or {}).get("hash", ""))
-
-
-def _rank(objective: float | None) -> float:
-    finite = _finite(objective)
-    return math.inf if finite is None else finite
+def _finite(number: Any) -> float | None:
+    return number if isinstance(number, int | float) and math.isfinite(number) else None
 
 
 FORMATS: dict[str, Callable[[Sequence[Point], Path], str]] = {

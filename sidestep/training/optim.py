@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -25,6 +25,9 @@ class OptimConfig:
     """Decoupled pull of the adapter's weights towards 0."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
+
+    state_bytes: ClassVar[float] = 8.0
+    """What the optimiser keeps for each trained value, for plans of memory; two float32 unless it says otherwise."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
@@ -93,6 +96,7 @@ class AdamW8bitConfig(AdamConfig):
 
     paged: bool = False
     """Let the running means move to the computer's memory when the GPU's is full; CUDA only."""
+    state_bytes: ClassVar[float] = 2.0
 
     def build(self, parameters: list[nn.Parameter]) -> Optimizer:
         if self.paged and any(parameter.device.type != "cuda" for parameter in parameters):
@@ -120,6 +124,7 @@ class AdafactorConfig(OptimConfig):
     """The mean square of step n decays by 1 - n ** -decay_rate."""
     clip_threshold: float = 1.0
     """Longest root mean square of an update, before the learning rate."""
+    state_bytes: ClassVar[float] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +157,7 @@ class ProdigyConfig(AdamConfig):
 
     d_coef: float = 1.0
     """Factor of the estimate; 0.5 for a more cautious and 2 for a bolder one."""
+    state_bytes: ClassVar[float] = 8 + 8 / 11
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const runs = data.runs.map((run, index) => ({ ...run, index }));
+  const runs = data.runs.map(({ row, ...run }, index) => ({ ...row, ...run, name: row.point, index }));
   const at = (id) => document.getElementById(id);
   const make = (tag, text, attributes = {}) => {
     const node = document.createElement(tag);
@@ -17,10 +17,10 @@
 
   // ---- what is comparable
 
-  const hashes = new Set(runs.map((run) => run.validation.hash).filter(Boolean));
-  const loss = (run) => (typeof run.validation.best_loss === "number" ? run.validation.best_loss : null);
-  const ranked = hashes.size === 1 ? runs.filter((run) => loss(run) !== null).sort((a, b) => loss(a) - loss(b)) : [];
-  ranked.forEach((run, place) => (run.rank = place + 1));
+  const heldOut = (run) => run.validation_best_loss;
+  const ways = new Set(runs.filter((run) => run.objective !== null).map((run) => run.validation_hash || ""));
+  const validated = runs.some((run) => heldOut(run) !== null);
+  const ranked = runs.filter((run) => run.rank !== null).sort((a, b) => a.rank - b.rank); // none if they do not compare
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
   const varied = keys.filter((key) => new Set(runs.map((run) => run.settings[key])).size > 1);
 
@@ -30,13 +30,13 @@
   at("summary").textContent =
     `${runs.length} ${runs.length === 1 ? "run" : "runs"}: ` +
     Object.entries(counts).map(([status, n]) => `${n} ${status}`).join(", ") +
-    (ranked.length ? `. Best held-out loss ${number(loss(ranked[0]))}, ${ranked[0].name}` : "") +
+    (ranked.length ? `. Lowest ${validated ? "held-out" : "smoothed"} loss ${number(ranked[0].objective)}, ${ranked[0].name}` : "") +
     `. Written ${data.made}.`;
-  if (hashes.size > 1) {
+  if (ways.size > 1) {
     at("warning").hidden = false;
     at("warning").textContent =
-      `These runs were evaluated on ${hashes.size} different sets of songs, times or models, so their held-out losses ` +
-      "cannot be compared and no rank is given. Compare within one value of the column “evaluated”.";
+      `The losses of these runs were measured in ${ways.size} ways, on other songs, times or models, so they cannot be ` +
+      "compared and no rank is given. Compare within one value of the column “evaluated”.";
   }
 
   // ---- the table
@@ -46,20 +46,23 @@
     { name: "run", value: (r) => r.name || "(not begun)" },
     { name: "status", value: (r) => r.status },
     ...varied.map((key) => ({ name: key, value: (r) => r.settings[key] ?? "", setting: true })),
-    ...(hashes.size
+    ...(validated
       ? [
-          { name: "held-out loss", value: loss, number: true },
-          { name: "base", value: (r) => r.validation.base_loss ?? null, number: true },
-          { name: "best step", value: (r) => r.validation.best_step ?? null, number: true, digits: 0 },
-          { name: "training songs", value: (r) => r.validation.train_loss ?? null, number: true },
+          { name: "held-out loss", value: heldOut, number: true },
+          { name: "base", value: (r) => r.validation_base_loss, number: true },
+          { name: "best step", value: (r) => r.validation_best_step, number: true, digits: 0 },
+          { name: "training songs", value: (r) => r.validation_train_loss, number: true },
         ]
-      : [{ name: "smoothed loss", value: (r) => r.objective, number: true }]),
-    ...(hashes.size > 1 ? [{ name: "evaluated", value: (r) => r.validation.hash ?? "" }] : []),
+      : []),
+    ...(ways.has("") || !validated ? [{ name: "smoothed loss", value: (r) => (r.validation_hash ? null : r.objective), number: true }] : []),
+    ...(ways.size > 1 ? [{ name: "evaluated", value: (r) => r.validation_hash ?? "" }] : []),
     { name: "steps", value: (r) => r.step, show: (r) => (r.num_steps ? `${r.step} of ${r.num_steps}` : ""), number: true },
-    { name: "time", value: (r) => r.seconds, show: (r) => duration(r.seconds), number: true },
+    { name: "time of steps", value: (r) => r.train_seconds, show: (r) => duration(r.train_seconds), number: true },
+    ...(runs.some((r) => r.seconds) ? [{ name: "time in all", value: (r) => r.seconds, show: (r) => duration(r.seconds), number: true }] : []),
     { name: "memory", value: (r) => r.memory_gib, show: (r) => (r.memory_gib ? `${number(r.memory_gib, 1)} GiB` : ""), number: true },
     { name: "error", value: (r) => r.error },
   ];
+  let most = 300; // rows that are drawn before somebody asks for all of them
   const order = { column: ranked.length > 1 ? "rank" : "run", down: false };
   const chosen = new Set((ranked.length ? ranked : runs.filter((run) => run.steps.length)).slice(0, 5).map((run) => run.index));
 
@@ -100,7 +103,7 @@
   function drawTable() {
     drawHead();
     const visible = runs.filter(matches).sort(compare);
-    const rows = visible.map((run) => {
+    const rows = visible.slice(0, most).map((run) => {
       const row = make("tr");
       const box = make("input", null, { type: "checkbox", "aria-label": `show ${run.name}` });
       box.checked = chosen.has(run.index);
@@ -119,8 +122,16 @@
       return row;
     });
     at("runs").tBodies[0].replaceChildren(...rows);
-    at("count").textContent = `${visible.length} of ${runs.length} shown`;
+    at("count").textContent = `${rows.length} of ${runs.length} shown`;
+    at("more").hidden = rows.length === visible.length;
+    at("more").textContent = `Show all ${visible.length}`;
   }
+
+  at("more").addEventListener("click", () => {
+    most = Infinity;
+    drawTable();
+    at("filter").focus();
+  });
 
   for (const status of ["", ...Object.keys(counts)]) at("status").append(make("option", status || "all", { value: status }));
   at("status").addEventListener("change", drawTable);
@@ -135,6 +146,46 @@
   };
   const picked = () => [...chosen].sort((a, b) => a - b).map((index) => runs[index]);
   let plots = [];
+
+  const zooms = new Map(); // which part each chart shows, also after it is drawn anew; null for all of it
+  const moves = {
+    "zoom in": ["+", (from, to) => [from + (to - from) / 4, to - (to - from) / 4]],
+    "zoom out": ["−", (from, to) => [from - (to - from) / 2, to + (to - from) / 2]],
+    "to the left": ["←", (from, to) => [from - (to - from) / 2, to - (to - from) / 2]],
+    "to the right": ["→", (from, to) => [from + (to - from) / 2, to + (to - from) / 2]],
+    "show all": ["all", () => [-Infinity, Infinity]],
+  };
+  /** Buttons that zoom a chart, which a finger and a keyboard reach as well as a mouse, and words that say what it shows. */
+  function addZoom(id, label, first, last) {
+    const tools = make("div", null, { class: "zoom", role: "group", "aria-label": `Zoom of ${at(id).parentNode.querySelector("figcaption").textContent}` });
+    const said = make("span", null, { role: "status" });
+    let made = null;
+    const show = (from, to) => {
+      // moved back inside where it would leave the data, and never so far in that nothing is left
+      const width = Math.max(Math.min(to - from, last - first), (last - first) / 1000);
+      from = Math.min(Math.max(from, first), last - width);
+      made.setScale("x", { min: from, max: from + width });
+    };
+    for (const [name, [sign, move]] of Object.entries(moves)) {
+      const button = make("button", sign, { type: "button", "aria-label": name });
+      button.addEventListener("click", () => show(...move(made.scales.x.min, made.scales.x.max)));
+      tools.append(button);
+    }
+    tools.append(said);
+    return {
+      tools,
+      start: (plot) => {
+        made = plot;
+        if (zooms.get(id)) show(...zooms.get(id));
+      },
+      saw: (plot) => {
+        const { min, max } = plot.scales.x;
+        if (made) zooms.set(id, min > first || max < last ? [min, max] : null); // by the mouse, too
+        const digits = last - first > 10 ? 0 : 2;
+        said.textContent = `${label} ${min.toFixed(digits)} to ${max.toFixed(digits)}`;
+      },
+    };
+  }
 
   function plot(id, label, series, options = {}) {
     const place = at(id);
@@ -153,6 +204,7 @@
     });
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
     const pad = xs.length > 1 ? (xs[xs.length - 1] - xs[0]) * 0.04 : 0.5;
+    const zoom = !options.points && !options.bars && xs.length > 1 ? addZoom(id, label, xs[0], xs[xs.length - 1]) : null;
     const made = new uPlot(
       {
         width: Math.max(260, place.clientWidth),
@@ -166,6 +218,8 @@
           { ...axis, size: 60 },
         ],
         legend: { show: !options.points },
+        cursor: { drag: { x: zoom !== null } },
+        hooks: { setScale: zoom ? [(plot, key) => key === "x" && zoom.saw(plot)] : [] },
         series: [
           { label },
           ...lines.map((line) => ({
@@ -186,6 +240,10 @@
     );
     made.root.setAttribute("role", "img");
     made.root.setAttribute("aria-label", place.parentNode.querySelector("figcaption").textContent);
+    if (zoom) {
+      zoom.start(made);
+      place.append(zoom.tools);
+    }
     plots.push(made);
   }
 
@@ -199,10 +257,10 @@
       "chart-validation",
       "step",
       list.flatMap((run) => {
-        const x = run.evaluations.map((e) => e.step);
+        const { steps: x, losses, base_losses } = run.evaluations;
         return [
-          { label: run.name, x, y: run.evaluations.map((e) => e.loss), stroke: stroke.get(run.index) },
-          { label: "base model", x, y: run.evaluations.map((e) => e.base_loss), stroke: stroke.get(run.index), dash: true },
+          { label: run.name, x, y: losses, stroke: stroke.get(run.index) },
+          { label: "base model", x, y: base_losses, stroke: stroke.get(run.index), dash: true },
         ];
       }),
       { empty: "No held-out songs: train with validation.fraction=0.1." },
@@ -211,8 +269,8 @@
       "chart-times",
       "time",
       list.flatMap((run) => {
-        const best = run.evaluations.find((e) => e.step === run.validation.best_step);
-        if (!best) return [];
+        const best = run.by_time;
+        if (!best.times) return [];
         return [
           { label: run.name, x: best.times, y: best.losses, stroke: stroke.get(run.index), bars: list.length === 1, width: 0.5, align: 0 },
           { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: true },
@@ -234,18 +292,29 @@
 
   function drawSetting() {
     const key = at("setting").value;
-    const value = (run) => (hashes.size ? loss(run) : run.objective);
-    const known = runs.filter((run) => key in run.settings && typeof value(run) === "number");
-    if (hashes.size > 1) return plot("chart-setting", key, [], { empty: "The held-out losses cannot be compared." });
+    const known = ranked.filter((run) => key in run.settings);
+    if (ways.size > 1) return plot("chart-setting", key, [], { empty: "The losses cannot be compared." });
     const words = known.some((run) => Number.isNaN(Number(run.settings[key])) || run.settings[key] === "");
     const names = [...new Set(known.map((run) => run.settings[key]))].sort((a, b) => (words ? a.localeCompare(b) : a - b));
     const spread = !words && names.length > 1 && names[0] > 0 && names[names.length - 1] / names[0] >= 30; // learning rates: even steps
     const position = (run) => (words || spread ? names.indexOf(run.settings[key]) : Number(run.settings[key]));
-    // uPlot keeps one y per x and series: each run is a series of one point
+    // uPlot keeps one y per x and series: a ticked run is a series, and of the others so many as share a position
+    const [ticked, others, taken] = [[], [], new Map()];
+    for (const run of known) {
+      const [x, y] = [position(run), run.objective];
+      if (chosen.has(run.index)) {
+        ticked.push({ label: run.name, x: [x], y: [y], stroke: strokes().get(run.index) });
+        continue;
+      }
+      const place = taken.get(x) || 0;
+      taken.set(x, place + 1);
+      (others[place] ||= { label: "others", x: [], y: [], stroke: colour("--soft") }).x.push(x);
+      others[place].y.push(y);
+    }
     plot(
       "chart-setting",
       key,
-      known.map((run) => ({ label: run.name, x: [position(run)], y: [value(run)], stroke: strokes().get(run.index) || colour("--soft") })),
+      [...others, ...ticked],
       { points: true, labels: words || spread ? Object.fromEntries(names.map((n, i) => [i, n])) : null, empty: "No setting differs between finished runs." },
     );
   }
@@ -396,6 +465,8 @@
     anchor.click();
     URL.revokeObjectURL(anchor.href);
   });
+
+  at("mean").textContent = Math.max(1, ...runs.map((run) => run.steps_per_point));
 
   // ---- what failed
 
