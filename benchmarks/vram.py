@@ -26,7 +26,7 @@ from sidestep.config.gate import compose_or_explain, to_dataclass
 from sidestep.config.settings import TrainConfig
 from sidestep.training.run import open_run
 
-LIMITS = {"8gb": 7.5, "12gb": 11.0, "16gb": 15.0, "24gb": 22.5, "80gb": 76.0}
+LIMITS = {"6gb": 5.5, "8gb": 7.5, "12gb": 11.0, "16gb": 15.0, "24gb": 22.5, "80gb": 76.0}
 """GiB that each profile may peak at: what its card has, less the driver's and the desktop's share."""
 SONG_SECONDS = 300
 CHOICES = {

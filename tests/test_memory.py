@@ -14,7 +14,7 @@ from sidestep.acestep.conditioning import context_latents
 from sidestep.config.settings import GradientCheckpointing, MemorySettings, Quantization
 from sidestep.training import memory as planning
 from sidestep.training.forward import predict_velocity
-from sidestep.training.memory import MemoryPlan, plan_memory
+from sidestep.training.memory import MemoryPlan, choose_checkpointing, plan_memory
 from tests.factories import train_config
 
 NUM_TOKENS = 20
@@ -89,3 +89,65 @@ def test_a_plan_grows_with_the_excerpt_and_shrinks_with_what_is_given_up(checkpo
 def test_optimisers_differ_in_what_they_keep(checkpoint_dir):
     adamw, small = (planned(checkpoint_dir, f"optim={name}") for name in ("adamw", "adamw8bit"))
     assert adamw.optimizer == 2 * adamw.adapter == 4 * small.optimizer
+
+
+@pytest.fixture
+def choose(checkpoint_dir, monkeypatch):
+    """Decides for a model of four layers whose plans are known: 8 GiB of activations, selectively 4, fully 1."""
+    for name in ("NEGLIGIBLE", "FRAGMENTATION", "OVERHEAD_GIB"):
+        monkeypatch.setattr(planning, name, 0.0)
+    config = train_config(f"checkpoint_dir={checkpoint_dir}")
+    model = find_checkpoint(checkpoint_dir, config.model_variant).config
+
+    def plan(model, adapter, optim, memory, dtype):
+        kept = {"none": 8.0, "selective": 4.0, "full": 1.0}[memory.gradient_checkpointing]
+        share = 0.0 if memory.gradient_checkpointing == "none" else memory.checkpointed_share
+        activations = share * kept + (1 - share) * 8.0
+        recomputed = 2.0 if share else 0.0
+        return MemoryPlan(
+            weights=3.0, adapter=0.0, gradients=0.0, optimizer=0.0, activations=activations, recomputed=recomputed
+        )
+
+    monkeypatch.setattr(planning, "plan_memory", plan)
+
+    def decide(available_gib, compiled=False, **changed):
+        memory = settings(gradient_checkpointing=GradientCheckpointing.auto, **changed)
+        chosen = choose_checkpointing(
+            model, config.adapter, config.optim, memory, torch.float32, available_gib=available_gib, compiled=compiled
+        )
+        return str(chosen.gradient_checkpointing), chosen.checkpointed_share * model.num_hidden_layers
+
+    return decide
+
+
+@pytest.mark.parametrize(
+    ("available_gib", "kind", "num_layers"),
+    [(11, "none", None), (10.9, "selective", 3), (9, "selective", 4), (8.9, "full", 3), (6, "full", 4), (1, "full", 4)],
+)
+def test_auto_recomputes_as_little_as_the_memory_allows(choose, available_gib, kind, num_layers):
+    chosen = choose(available_gib)
+    assert chosen[0] == kind
+    assert num_layers is None or chosen[1] == num_layers
+
+
+def test_auto_recomputes_no_more_layers_than_it_may(choose):
+    assert choose(9, checkpointed_share=0.75) == ("full", 3)
+
+
+def test_auto_leaves_what_is_inside_a_compiled_layer_to_the_compiler(choose):
+    assert choose(10.9, compiled=True) == ("full", 2)
+
+
+def test_auto_recomputes_the_layers_whose_weights_wait_in_main_memory(choose):
+    assert choose(100, offloaded_share=0.5) == ("selective", 2)
+
+
+def test_a_toy_needs_no_plan(checkpoint_dir, monkeypatch):
+    monkeypatch.setattr(planning, "plan_memory", None)
+    config = train_config(f"checkpoint_dir={checkpoint_dir}")
+    model = find_checkpoint(checkpoint_dir, config.model_variant).config
+    memory = settings(gradient_checkpointing=GradientCheckpointing.auto)
+    chosen = choose_checkpointing(
+        model, config.adapter, config.optim, memory, torch.float32, available_gib=8.0, compiled=False
+    )
+    assert chosen == settings()

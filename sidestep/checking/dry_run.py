@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.conditioning import context_latents
 from sidestep.acestep.kept import KeptWeights
+from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import Batch, collate
 from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES, window_frames
 from sidestep.inference.pipeline import Request
 from sidestep.inference.previews import render
 from sidestep.training.checkpointing import enable_gradient_checkpointing
-from sidestep.training.forward import Forward, predict_velocity
+from sidestep.training.forward import predict_velocity
 from sidestep.training.loop import make_accelerator, update_unless_bad
 from sidestep.training.memory import plan_memory
+from sidestep.training.offload import OffloadedBlocks, first_blocks
 from sidestep.training.previews import Previews
 from sidestep.training.run import Run
 from sidestep.training.tracking import used_gib
@@ -116,24 +118,19 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
     accelerator = make_accelerator(run.precision, run.device)
     device = run.device
     transformer = run.checkpoint.load_transformer(
-        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
+        device=device,
+        dtype=run.dtype,
+        quantization=memory.base_quantization,
+        kept=None if memory.offloaded_share else kept,
     )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     weights = _gib(transformer.parameters())
     adapter = config.adapter.attach(transformer)
     parameters = list(adapter.parameters())
-    attention = WindowedAttention(transformer)
+    attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
-    forward = Forward(
-        model,
-        attention,
-        objective=config.objective,
-        timesteps=run.timesteps,
-        condition_dropout=config.condition_dropout,
-        silence=run.silence.to(device),
-        null_condition=run.null_condition.to(device),
-        seed=config.seed,
-    )
+    OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
+    forward = run.forward(model, attention, device)
     batch = longest_micro_batch(run).to(device)
     model.train()
     seconds = 0.0

@@ -57,6 +57,7 @@ class TagPosition(Enum):
 
 
 class GradientCheckpointing(StrEnum):
+    auto = "auto"
     none = "none"
     selective = "selective"
     full = "full"
@@ -103,9 +104,9 @@ class VramConfig:
     gradient_accumulation_steps: int | None = None
     """Forward passes per optimiser step."""
     gradient_checkpointing: GradientCheckpointing | None = None
-    """What the backward pass computes again: none, selective (all but products and attention), or full (all)."""
+    """What the backward pass computes again: none, selective (all but products and attention), full (all), or auto."""
     checkpointed_share: float | None = None
-    """Share of the transformer's layers that gradient_checkpointing is for; the first ones are taken."""
+    """Share of the transformer's layers that gradient_checkpointing is for; the first ones, and no more with auto."""
     offloaded_share: float | None = None
     """Share of the layers whose frozen weights wait in main memory; the first ones, which must be checkpointed."""
     base_quantization: Quantization | None = None

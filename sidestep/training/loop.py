@@ -32,7 +32,6 @@ from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
 from sidestep.training.ema import WeightMean
-from sidestep.training.forward import Forward
 from sidestep.training.metrics import StepLog
 from sidestep.training.offload import OffloadedBlocks, first_blocks
 from sidestep.training.previews import Previews, out_of_the_way
@@ -141,16 +140,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     if validation is not None:
         validation.restore(start.validation if start is not None else {}, first_step)
 
-    forward = Forward(
-        model,
-        attention,
-        objective=config.objective,
-        timesteps=run.timesteps,
-        condition_dropout=config.condition_dropout,
-        silence=run.silence.to(device),
-        null_condition=run.null_condition.to(device),
-        seed=config.seed,
-    )
+    forward = run.forward(model, attention, device)
     order = run.micro_batches(first_step, run.num_steps, accelerator.process_index)
     batches = read_batches(run.dataset, order, device=device)
     steps = StepLog(run, accelerator, first_step, start.smoothed_loss if start is not None else None)

@@ -7,6 +7,8 @@ four layers, and the others cost as much as those.
 
 from __future__ import annotations
 
+import logging
+import math
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +29,14 @@ from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.forward import predict_velocity
 from sidestep.training.optim import OptimConfig
 
+log = logging.getLogger(__name__)
+
+OVERHEAD_GIB = 0.5
+"""Of CUDA itself."""
+FRAGMENTATION = 0.06
+"""Share of a device's memory that is lost between tensors, or comes and goes within a layer."""
+NEGLIGIBLE = 0.05
+"""Share of a device's memory below which activations need no plan."""
 CONDITION_TOKENS = 600
 """Of a song with lyrics; fewer than the music's own."""
 STORED = {Quantization.int8: 1.0, Quantization.nf4: 0.5 + 2 / 64}
@@ -74,6 +84,9 @@ def plan_memory(
         with_all, _ = _extrapolate(model, adapter, everywhere, dtype)
         share = round(memory.checkpointed_share * model.num_hidden_layers) / model.num_hidden_layers
         kept = {key: share * with_all[key] + (1 - share) * with_none[key] for key in with_none}
+    offloaded = round(memory.offloaded_share * model.num_hidden_layers)
+    if offloaded:  # two buffers of a block's size take turns
+        kept["weights"] -= max(0, offloaded - 2) * per_layer["weights"]
     return MemoryPlan(
         weights=kept["weights"] / 2**30,
         adapter=kept["adapter"] / 2**30,
@@ -82,6 +95,67 @@ def plan_memory(
         activations=kept["activations"] / 2**30,
         recomputed=per_layer["activations"] / 2**30 if recomputes else 0.0,
     )
+
+
+def choose_checkpointing(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    optim: OptimConfig,
+    memory: MemorySettings,
+    dtype: torch.dtype,
+    *,
+    available_gib: float,
+    compiled: bool,
+) -> MemorySettings:
+    """Decide what ``gradient_checkpointing=auto`` computes again: as little as the memory allows.
+
+    Nothing, or else all but the products of as few layers as will do, or else everything of as few. The trained
+    weights are the same whatever is chosen.
+
+    Args:
+        model: sizes of the model, ``checkpoint.config``.
+        adapter: what is trained.
+        optim: how.
+        memory: the settings that memory depends on, complete but for auto.
+        dtype: of the frozen weights and of what is computed.
+        available_gib: memory of the device.
+        compiled: whether the blocks are compiled, which chooses within a layer by itself.
+
+    Returns:
+        ``memory`` without auto. If nothing suffices, everything is computed again.
+    """
+    usable = (1 - FRAGMENTATION) * available_gib - OVERHEAD_GIB
+    needed = round(memory.offloaded_share * model.num_hidden_layers)
+    # no family keeps more than 300 values of four bytes for each token, layer and eighth of the width
+    rows = memory.batch_size * (window_frames(memory.max_seconds) / model.patch_size + CONDITION_TOKENS)
+    at_most = rows * model.num_hidden_layers * model.hidden_size * 150 * 4 / 2**30
+    if at_most < NEGLIGIBLE * available_gib and not needed:
+        return replace(memory, gradient_checkpointing=GradientCheckpointing.none)
+
+    def planned(kind: GradientCheckpointing) -> MemoryPlan:
+        whole = replace(memory, gradient_checkpointing=kind, checkpointed_share=1.0)
+        return plan_memory(model, adapter, optim, whole, dtype)
+
+    without = planned(GradientCheckpointing.none).total
+    if without <= usable and not needed:
+        return replace(memory, gradient_checkpointing=GradientCheckpointing.none)
+    most = round(memory.checkpointed_share * model.num_hidden_layers)
+    for kind in (GradientCheckpointing.selective, GradientCheckpointing.full):
+        if kind is GradientCheckpointing.selective and compiled:
+            continue
+        plan = planned(kind)
+        saved = (without + plan.recomputed - plan.total) / model.num_hidden_layers  # by each layer
+        num_layers = max(needed, math.ceil((without + plan.recomputed - usable) / saved), 1)
+        if num_layers <= most:
+            break
+    else:
+        num_layers = most
+    total = without + plan.recomputed - num_layers * saved
+    log.info(
+        "gradient checkpointing: %s for %d of %d layers; about %.1f of %.1f GiB are planned",
+        kind, num_layers, model.num_hidden_layers, total + OVERHEAD_GIB, available_gib,
+    )  # fmt: skip
+    return replace(memory, gradient_checkpointing=kind, checkpointed_share=num_layers / model.num_hidden_layers)
 
 
 def _extrapolate(

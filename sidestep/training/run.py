@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.adapters import Adapter, SavedAdapter
 from sidestep.adapters.files import fingerprint_adapter, read_adapter
 from sidestep.config.gate import read_profiles
-from sidestep.config.settings import AttentionKernel, MemorySettings, Resume, TrainConfig
+from sidestep.config.settings import AttentionKernel, GradientCheckpointing, MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import hold_out
 from sidestep.data.legacy import LegacySongs
@@ -36,6 +37,8 @@ from sidestep.files import hashes_of, keep_others, replacing_folder
 from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
+from sidestep.training.forward import Forward
+from sidestep.training.memory import choose_checkpointing
 from sidestep.training.signals import Interrupted
 from sidestep.training.state import (
     TrainingState,
@@ -121,6 +124,25 @@ class Run:
             accumulation=self.memory.gradient_accumulation_steps,
             process=process,
             num_processes=self.num_processes,
+        )
+
+    def forward(self, model: nn.Module, attention: WindowedAttention, device: torch.device) -> Forward:
+        """What gives the losses of this run's micro-batches.
+
+        Args:
+            model: the transformer, perhaps wrapped by Accelerate.
+            attention: of the same transformer.
+            device: where it is.
+        """
+        return Forward(
+            model,
+            attention,
+            objective=self.config.objective,
+            timesteps=self.timesteps,
+            condition_dropout=self.config.condition_dropout,
+            silence=self.silence.to(device),
+            null_condition=self.null_condition.to(device),
+            seed=self.config.seed,
         )
 
     def step_at_epoch(self, epoch: int) -> int:
@@ -411,6 +433,16 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
             "leave it out, or type vram_profile.offloaded_share=0"
         )
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
+    if memory.gradient_checkpointing is GradientCheckpointing.auto:
+        memory = choose_checkpointing(
+            checkpoint.config,
+            config.adapter,
+            config.optim,
+            memory,
+            resolve_dtype(precision, device),
+            available_gib=min(memory_gib(device), config.vram_profile.memory_gib or math.inf),
+            compiled=config.compile,
+        )
     dataset = SongDataset(
         Path(config.dataset_dir),
         max_seconds=memory.max_seconds,
