@@ -149,7 +149,7 @@ def test_turbo_and_base_are_written_with_their_own_shift_and_steps():
 def test_the_automatic_profile_is_the_largest_that_fits(gib, seconds):
     memory = VramConfig().resolve(read_profiles(), gib)
     assert memory.max_seconds == seconds
-    assert memory.gradient_checkpointing is (GradientCheckpointing.full if gib < 20 else GradientCheckpointing.none)
+    assert memory.gradient_checkpointing is GradientCheckpointing.auto
 
 
 def test_a_typed_value_wins_over_the_automatic_profile():
