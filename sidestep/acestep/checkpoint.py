@@ -96,8 +96,11 @@ class Checkpoint:
         """
         from diffusers import AceStepTransformer1DModel
 
+        from sidestep.acestep.frozen import keep_less
+
         with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
+        keep_less(transformer)
         if quantization == "none":
             self._fill("transformer", transformer, device, dtype, kept)
             return transformer

@@ -1,0 +1,93 @@
+"""Layers of the frozen decoder that keep less for the backward pass than diffusers' own, and give the same.
+
+Diffusers' RMSNorm keeps its input twice, once in float32, and its MLP keeps the activated gate beside what it is made
+of. Here both are made again where the backward pass needs them, which costs little beside the matrix products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.ace_step_transformer import AceStepMLP
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+def keep_less(transformer: nn.Module) -> None:
+    """Replace the norms and MLPs of a frozen transformer by those below; the names of its weights stay."""
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is RMSNorm:
+                setattr(module, name, FrozenNorm(child))
+            elif type(child) is AceStepMLP:
+                setattr(module, name, FrozenMLP(child))
+
+
+class FrozenNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) with a frozen weight.
+
+    Args:
+        norm: what is replaced; its weight (D,) is shared.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Norm.apply(x, self.weight, self.eps)
+        return y
+
+
+class FrozenMLP(nn.Module):
+    """The decoder's SwiGLU MLP (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        mlp: what is replaced; its layers are shared.
+    """
+
+    def __init__(self, mlp: AceStepMLP) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+        return y
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps its input (..., D) as it is, and one number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+        ctx.save_for_backward(x, inverse, weight)
+        y = x * inverse
+        return (y if weight.dtype is torch.float32 else y.to(weight.dtype)) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, weight = ctx.saved_tensors
+        normed, dy = x.float() * inverse, (dy * weight).float()
+        dx = inverse * (dy - normed * (dy * normed).mean(-1, keepdim=True))
+        return dx.to(x.dtype), None, None
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, both (..., D)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate) if ctx.needs_input_grad[0] else None
+        return d_gate, dy * functional.silu(gate) if ctx.needs_input_grad[1] else None

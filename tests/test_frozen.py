@@ -1,0 +1,86 @@
+"""Frozen layers that keep less for the backward pass give what diffusers' own give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.frozen import FrozenMLP, FrozenNorm, keep_less
+from sidestep.adapters.lora import LoraConfig
+from tests.test_checkpointing import TARGETS, small_transformer
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def output_and_gradients(dtype, keeps_less):
+    """A forward pass, the gradients of an adapter in float32, and the bytes kept between them."""
+    transformer = small_transformer(width=256).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if keeps_less:
+        keep_less(transformer)
+        assert isinstance(transformer.layers[0].mlp, FrozenMLP)
+        assert isinstance(transformer.norm_out, FrozenNorm)
+    WindowedAttention(transformer)
+    parameters = list(LoraConfig(rank=8, target_modules=TARGETS).attach(transformer).parameters())
+    for parameter in parameters:
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    x, condition, context = (
+        torch.randn(2, length, width, generator=generator).to(dtype)
+        for length, width in ((80, 64), (10, 64), (80, 128))
+    )
+    t = torch.tensor([0.3, 0.8], dtype=dtype)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", BFLOAT16, enabled=dtype is BFLOAT16),
+    ):
+        output = transformer(x, t, t, condition, context, return_dict=False)[0]
+    gradients = torch.autograd.grad(output.float().square().mean(), parameters)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    size = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+    return output.detach(), torch.cat([gradient.flatten() for gradient in gradients]), size
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {
+        (dtype, keeps_less): output_and_gradients(dtype, keeps_less)
+        for dtype in (FLOAT32, BFLOAT16)
+        for keeps_less in (False, True)
+    }
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_outputs_are_the_same_to_the_last_bit(results, dtype):
+    assert torch.equal(results[dtype, False][0], results[dtype, True][0])
+
+
+def test_gradients_are_the_same_in_float32(results):
+    expected, actual = results[FLOAT32, False][1], results[FLOAT32, True][1]
+    assert (actual - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_gradients_in_bfloat16_are_as_near_to_those_in_float32(results):
+    exact = results[FLOAT32, False][1]
+    usual, ours = ((results[BFLOAT16, keeps_less][1] - exact).norm() for keeps_less in (False, True))
+    assert ours < 1.02 * usual
+
+
+def test_a_third_less_is_kept_in_bfloat16(results):
+    assert results[BFLOAT16, True][2] < 0.67 * results[BFLOAT16, False][2]
+
+
+def test_the_names_of_the_weights_stay():
+    transformer = small_transformer()
+    names = list(transformer.state_dict())
+    keep_less(transformer)
+    assert list(transformer.state_dict()) == names
