@@ -77,7 +77,7 @@ class SongsConfig:
     audio_dir: str = MISSING
     """Folder of songs, searched with its subfolders."""
     metadata_file: str | None = None
-    """Table of songs (dataset.json, csv, tsv, jsonl) to read instead of those found in audio_dir."""
+    """Table of songs (dataset.json, csv, tsv, jsonl, nml) to read instead of those found in audio_dir."""
     file_tags: bool = True
     """Read title, genre, tempo, key and lyrics from the tags inside the files, where nothing else gives them."""
     only: str = "*"

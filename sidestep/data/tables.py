@@ -2,7 +2,8 @@
 
 dataset.json        of ACE-Step's or Side-Step's dataset builder: {"metadata": ..., "samples": [...]} or the list
 metadata.csv/jsonl  of Hugging Face's audiofolder, in any folder of songs; file_name names the song
-*.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Traktor, Mixed In Key, Mixxx, ...), with a head line
+*.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Mixed In Key, Mixxx, ...), with a head line
+*.nml               playlists of Traktor
 songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sidestep.data.traktor import read_tracks
 from sidestep.data.words import FILE_KEYS, convert
 from sidestep.errors import UserError
 
@@ -93,6 +95,8 @@ def read_table(path: Path) -> Table:
         return _read_jsonl(path, text)
     if suffix == ".json":
         return _read_json(path, text)
+    if suffix == ".nml":
+        return _read_nml(path, text)
     return _read_csv(path, text)
 
 
@@ -149,6 +153,14 @@ def _read_jsonl(path: Path, text: str) -> Table:
             except UserError as error:
                 table.failed[where] = str(error).removeprefix(f"{where} ")
     return table
+
+
+def _read_nml(path: Path, text: str) -> Table:
+    try:
+        tracks = read_tracks(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not a playlist of Traktor: {error}") from error
+    return Table(path, [_entry(track, f"{path} track {i}") for i, track in enumerate(tracks, start=1)])
 
 
 def _read_csv(path: Path, text: str) -> Table:
