@@ -11,3 +11,5 @@ $PYTHON -m pytest -m gpu tests/test_gpu.py tests/test_previews.py -q -p no:cache
 $PYTHON benchmarks/step.py --cases toy block full --out "$OUT/step.json" 2>&1 | tee "$OUT/step.txt"
 $PYTHON benchmarks/trainer.py --full --seconds 60 --out "$OUT/trainer.json" 2>&1 | tee "$OUT/trainer.txt"
 $PYTHON benchmarks/vram.py --out "$OUT/vram.json" 2>&1 | tee "$OUT/vram.txt"
+$PYTHON benchmarks/scaling.py --full --out "$OUT/scaling.json" 2>&1 | tee "$OUT/scaling.txt"
+$PYTHON benchmarks/preprocess.py --real-vae --out "$OUT/preprocess.json" 2>&1 | tee "$OUT/preprocess.txt"

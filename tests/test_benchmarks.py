@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from benchmarks import loader, scaling, step, trainer
+from benchmarks import loader, preprocess, scaling, step, trainer
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
@@ -84,3 +84,14 @@ def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_p
     assert kept["rank", 256] > kept["rank", 4]
     assert result["checkpoint"]["mib"] > 0
     assert f"| seconds | 160 | {result['steps'][1]['seconds_per_step']:.3f} |" in capsys.readouterr().out
+
+
+def test_preprocessing_is_measured_again_with_other_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocess, "SONG_SECONDS", 2.0)
+    out = tmp_path / "preprocess.json"
+    preprocess.main(["--songs=2", "--device=cpu", f"--out={out}"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["what"], row["songs_changed"]) for row in rows] == [
+        ("first time", 2), ("nothing changed", 0), ("captions changed", 2),
+    ]  # fmt: skip
+    assert rows[0]["seconds"] > 0
