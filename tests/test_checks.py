@@ -43,7 +43,7 @@ def read(monkeypatch) -> list[str]:
 
 
 def check(folder: Path, spare: Path | None = None, **share: int) -> None:
-    SongDataset(folder, max_seconds=2, seed=0).check_tensors(spare, **share)
+    SongDataset(folder, max_seconds=4, seed=0).check_tensors(spare, **share)
 
 
 def rewrite(path: Path, **changes: torch.Tensor) -> None:
@@ -118,8 +118,8 @@ def test_a_file_with_many_texts_and_windows_is_opened_once(tmp_path, read):
     parts = {key: torch.ones(1, 8) for key in [*texts, *(f"window.{n}.lyrics" for n in range(3))]}
     save_file(parts, tmp_path / "conditions/0.safetensors")
     song = SongRecord(
-        audio="a.wav", latents="latents/0.safetensors", conditions="conditions/0.safetensors", prompt="caption", num_frames=250,
-        prompts=["caption", "tag"], is_timed=True,
+        audio="a.wav", latents="latents/0.safetensors", conditions="conditions/0.safetensors", prompt="caption",
+        num_frames=250, prompts=["caption", "tag"], is_timed=True,
     )  # fmt: skip
     settings = {"custom_tags": [], "window_seconds": 4.0}
     write_manifest(
