@@ -188,7 +188,8 @@ CHECKPOINTS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "a config with text for a size": (
         "train", change_json(f"{BASE}/config.json", head_dim="big"), {}, ["config.json", "head_dim", "'big'"]),
     "a config with a huge size": (
-        "train", change_json(f"{BASE}/config.json", intermediate_size=10**30), {}, ["config.json", "intermediate_size"]),
+        "train", change_json(f"{BASE}/config.json", intermediate_size=10**30), {},
+        ["config.json", "intermediate_size"]),
     "a config with a million layers": (
         "train", change_json(f"{BASE}/config.json", num_hidden_layers=10**6), {}, ["num_hidden_layers", "1000"]),
     "a config with a huge number": (
@@ -312,7 +313,8 @@ WORDS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         f"{key} of an entry as {value!r:.20}": (
             "preprocess", entries({"filename": "song.wav", key: value}), ALBUM, ["song.wav", key])
         for key, value in [
-            ("bpm", "fast"), ("bpm", 0), ("bpm", -3), ("bpm", [120]), ("bpm", True), ("bpm", 1e300), ("bpm", 10**400), ("weight", 10**400), ("weight", 1e300), ("repeat", 10**20),
+            ("bpm", "fast"), ("bpm", 0), ("bpm", -3), ("bpm", [120]), ("bpm", True), ("bpm", 1e300), ("bpm", 10**400),
+            ("weight", 10**400), ("weight", 1e300), ("repeat", 10**20),
             ("caption", 5), ("caption", ["a"]), ("caption", "a\x07b"), ("caption", "\ud800"),
             ("lyrics", "la\x1b[31m"), ("lyrics", {}), ("lyrics", "la\0la"), ("genre", "a\nb"), ("language", "e\nn"),
             ("keyscale", ["C"]), ("timesignature", "waltz"), ("timesignature", {}), ("is_instrumental", "maybe"),

@@ -382,7 +382,7 @@ def test_a_step_that_changes_nothing_leaves_the_running_mean_alone(checkpoint_di
 
 def test_what_is_wrong_with_a_new_folder_is_said_of_its_own_name(tmp_path):
     with (
-        pytest.raises(UserError, match="^bad thing in .*/final/x, please$"),
+        pytest.raises(UserError, match=r"^bad thing in .*/final/x, please$"),
         replacing_folder(tmp_path / "final") as new,
     ):
         raise UserError(f"bad thing in {new / 'x'}, please")

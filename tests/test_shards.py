@@ -93,15 +93,20 @@ def test_more_parts_than_songs_are_refused(tmp_path, songs, checkpoint_dir):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"failed": []}, {"listing": 5}, {"songs": [{"audio": "a"}]}, {"songs": {}}, {"info": {"total_seconds": "x"}}],
+    [
+        {"failed": []},
+        {"listing": 5},
+        {"songs": [{"audio": "a"}]},
+        {"songs": {"a": {}}},
+        {"info": {"total_seconds": "x"}},
+    ],
 )
 def test_a_part_whose_record_has_values_of_another_kind_is_to_be_done_again(tmp_path, caplog, damage):
     info = DatasetInfo(model_variant="base", condition_width=8, fingerprints={}, settings={"custom_tags": []})
     (folder := shard_folder(tmp_path, 0, 1)).mkdir(parents=True)
     write_shard(folder, Shard(listing="x", info=info, songs=[]))
     whole = json.loads((folder / "shard.json").read_text())
-    (folder / "shard.json").write_text(
-        json.dumps(whole | {k: v if k != "info" else whole[k] | v for k, v in damage.items()})
-    )
+    changed = {key: whole[key] | value if key == "info" else value for key, value in damage.items()}
+    (folder / "shard.json").write_text(json.dumps(whole | changed))
     assert merge_shards(tmp_path, 1, [], "x") == [0]
     assert "shard.json cannot be understood" in caplog.text

@@ -187,7 +187,9 @@ def test_a_point_whose_record_has_values_of_another_kind_is_told_and_shown_witho
     assert f"passing over {tmp_path / 'a/point.json'}" in caplog.text
 
 
-@pytest.mark.parametrize("content", [{"points": {}}, {"launched": 5, "points": []}, {"points": [{"overrides": "a"}]}])
+@pytest.mark.parametrize(
+    "content", [{"points": {"a": 1}}, {"launched": 5, "points": []}, {"points": [{"overrides": "a"}]}]
+)
 def test_a_plan_with_values_of_another_kind_is_told_and_passed_over(tmp_path, caplog, content):
     (tmp_path / "plan.json").write_text(json.dumps({"launched": "", **content}))
     assert read_plan(tmp_path) is None
