@@ -25,6 +25,7 @@ from sidestep.training.ema import WeightMean
 from sidestep.training.run import Run
 from sidestep.training.signals import Interrupted
 from sidestep.training.state import (
+    TrainingState,
     _hash,
     load_checkpoint,
     newest_checkpoint,
@@ -336,10 +337,10 @@ def test_a_manifest_whose_hash_is_right_and_whose_shape_is_not_is_refused(tmp_pa
     ],
 )
 def test_a_training_state_with_a_value_of_another_kind_is_refused_by_key(tmp_path, values, message):
-    right = {
-        "format": 1, "step": 4, "num_steps": 8, "smoothed_loss": 1.0, "adapter": {"x": torch.ones(1)}, "optimizer": {},
-        "scaler": {}, "settings": {}, "ema": {}, "validation": {},
-    }  # fmt: skip
+    state = TrainingState(
+        step=4, num_steps=8, smoothed_loss=1, adapter={"x": torch.ones(1)}, optimizer={}, scaler={}, settings={}
+    )
+    right = {"format": 1, **vars(state)}
     torch.save(right, tmp_path / "training_state.pt")
     write_manifest(tmp_path, 4)
     assert load_checkpoint(tmp_path).step == 4

@@ -16,16 +16,7 @@ from safetensors.torch import load_file
 
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.errors import UserError
-from sidestep.reporting.runs import (
-    Plan,
-    PlannedPoint,
-    PointRecord,
-    as_table,
-    collect_points,
-    is_alive,
-    read_plan,
-    read_point,
-)
+from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_point
 from sidestep.times import now
 from tests.forked import run, start
 
@@ -169,36 +160,6 @@ def test_points_that_were_evaluated_differently_are_not_ranked(tmp_path):
     lines = as_table(collect_points(tmp_path), tmp_path).splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["a", "b"]
     assert "evaluated in 2 ways" in lines[-2]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"overrides": "seed=1"}, {"overrides": [5]}, {"seconds": "long"}, {"seconds": float("nan")}, {"objective": []},
-        {"process": 10**20}, {"process": -1}, {"status": "odd"}, {"status": None}, {"x": 1}, {"job": 7},
-    ],
-)  # fmt: skip
-def test_a_point_whose_record_has_values_of_another_kind_is_told_and_shown_without_it(tmp_path, caplog, damage):
-    (tmp_path / "a").mkdir()
-    PointRecord(overrides=["seed=1"], status="finished", objective=0.5).write(tmp_path / "a")
-    (tmp_path / "a/point.json").write_text(json.dumps(json.loads((tmp_path / "a/point.json").read_text()) | damage))
-    (point,) = collect_points(tmp_path)
-    assert (point.name, point.status) == ("a", "interrupted")
-    assert f"passing over {tmp_path / 'a/point.json'}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "content", [{"points": {"a": 1}}, {"launched": 5, "points": []}, {"points": [{"overrides": "a"}]}]
-)
-def test_a_plan_with_values_of_another_kind_is_told_and_passed_over(tmp_path, caplog, content):
-    (tmp_path / "plan.json").write_text(json.dumps({"launched": "", **content}))
-    assert read_plan(tmp_path) is None
-    assert f"passing over {tmp_path / 'plan.json'}" in caplog.text
-
-
-def test_a_point_that_began_at_no_time_may_be_alive_or_not():
-    attempt = PointRecord(overrides=[], started="soon", host=socket.gethostname(), process=os.getpid())
-    assert is_alive(attempt, None) is None
 
 
 def test_a_folder_that_is_no_sweep_is_named(tmp_path):

@@ -4,6 +4,7 @@
     songs.jsonl                        one line per song, in training order
     latents/<hash>.safetensors         latents (T, 64) float16, one file per distinct audio
     conditions/<hash>.safetensors      the parts of its conditions, each (tokens, D); see :func:`condition_keys`
+    .checked                           which versions of these files training has read through; see ``checks``
 
 Files are named by a hash of all that went into them, so that a song is encoded again only when its audio, its
 text or the model changes. No padding and no context is stored; both are made where they are needed.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord, write_manifest
 from sidestep.data.words import Song
 from sidestep.errors import UserError
 from sidestep.files import write_text
@@ -113,6 +113,8 @@ def _made_with(info: DatasetInfo) -> DatasetInfo:
 def _read(path: Path) -> Shard | None:
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
+        if HALF_CHARACTER.search(json.dumps(values, ensure_ascii=False)):
+            raise ValueError("it holds half a character")
         info = make_record(DatasetInfo, values["info"])
         songs = [make_record(SongRecord, record) for record in values["songs"]]
         return make_record(Shard, values | {"info": info, "songs": songs})

@@ -27,7 +27,7 @@ from typing import Any
 
 from sidestep.errors import UserError
 from sidestep.files import describe, write_text
-from sidestep.records import make_record, parse_json, parse_record
+from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
 log = logging.getLogger(__name__)
@@ -178,9 +178,8 @@ def read_plan(sweep_dir: Path) -> Plan | None:
     """Read ``plan.json``; None if there is none that can be read."""
     values = _read_json(sweep_dir / PLAN)
     try:
-        return make_record(Plan, values | {"points": [make_record(PlannedPoint, p) for p in values["points"]]})
-    except (KeyError, TypeError, ValueError) as error:
-        _pass_over(sweep_dir / PLAN, values, error)
+        return Plan(launched=values["launched"], points=[PlannedPoint(**point) for point in values["points"]])
+    except (KeyError, TypeError):
         return None
 
 
@@ -188,19 +187,9 @@ def read_point(folder: Path) -> PointRecord | None:
     """Read ``point.json``; None if there is none that can be read."""
     values = _read_json(folder / POINT)
     try:
-        point = make_record(PointRecord, values)
-        if point.status not in STATUSES or not 0 <= point.seconds < 1e12 or point.process < 0:
-            raise ValueError(f"status {point.status:.60}, seconds {point.seconds}, process {point.process}")
-        return point
-    except ValueError as error:
-        _pass_over(folder / POINT, values, error)
+        return PointRecord(**values)
+    except TypeError:
         return None
-
-
-def _pass_over(path: Path, values: dict[str, Any], error: Exception) -> None:
-    """Say that a file is not what it should be; one that is not there, or was no JSON, was dealt with before."""
-    if values:
-        log.warning("passing over %s, which cannot be understood: %s", path, error)
 
 
 def queued_jobs() -> dict[str, str] | None:
@@ -230,12 +219,10 @@ def is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool | None
         return None
     try:
         began = psutil.Process(attempt.process).create_time()
-        started = calendar.timegm(time.strptime(attempt.started, "%Y-%m-%dT%H:%M:%SZ"))
     except psutil.NoSuchProcess:
         return False
-    except ValueError:  # no time that we wrote
-        return None
-    return began <= started + 1  # another process may have been given the number since
+    # another process may have been given the number since
+    return began <= calendar.timegm(time.strptime(attempt.started, "%Y-%m-%dT%H:%M:%SZ")) + 1
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, str]:

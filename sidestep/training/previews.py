@@ -26,7 +26,6 @@ from sidestep.errors import UserError
 from sidestep.files import replacing_folder
 from sidestep.inference.pipeline import Request, Sampling
 from sidestep.inference.previews import Preview, render, spectrogram
-from sidestep.records import parse_json
 
 if TYPE_CHECKING:
     from sidestep.training.metrics import StepLog
@@ -171,13 +170,5 @@ def _empty_cache(device: torch.device) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     """The list of a folder's previews; empty if they were never finished."""
     path = folder / MANIFEST
-    try:
-        listed = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(listed, dict) or any(
-            Path(file["file"]).name != file["file"] for file in listed.get("files", [])
-        ):
-            raise ValueError(f"found {listed!r:.60}")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        log.warning("%s cannot be understood (%s); taking it for none", path, error)
-        return {}
+    listed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return listed

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -312,8 +311,6 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
     }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # the checkpoint that follows will not write it again
 
 
 def verdict(evaluation: Evaluation, best_step: int, best_loss: float, scales: Mapping[float, float]) -> list[str]:
