@@ -37,8 +37,6 @@ EXPORT_RECORD = "export.json"
 
 MOST = 2**31
 """Largest number that a file may give for a rank, an alpha and the like."""
-MOST_TERMS = 100
-"""Of OFT's series, each of which costs a product of matrices."""
 
 Modules = dict[str, dict[str, Tensor]]
 
@@ -398,7 +396,7 @@ def _oft_config(settings: Mapping[str, Any], modules: Modules, where: str) -> of
             f"{where} does not say use_cayley_neumann, so its rotations are unknown; add it from the trainer"
         )
     terms = _whole(settings, "num_cayley_neumann_terms", where) if settings["use_cayley_neumann"] else 0
-    if 0 < terms < 4 or terms > MOST_TERMS:
+    if 0 < terms < 4 or terms > oft.MOST_TERMS:
         raise UserError(f"{where} uses num_cayley_neumann_terms={terms}, which sidestep cannot read")
     version = re.match(r"(\d{1,9})\.(\d{1,9})", str(settings.get("peft_version", "")))
     if terms and (version is None or (int(version[1]), int(version[2])) < (0, 18)):

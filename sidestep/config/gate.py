@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.acestep.variants import VariantConfig
+from sidestep.adapters.oft import MOST_TERMS
 from sidestep.config.settings import VramConfig
 from sidestep.errors import UserError
 
@@ -239,8 +240,10 @@ def largest(key: str, value: float) -> float:
         return 1e6
     if name in ("shift", "scale", "alpha", "guidance_scale"):
         return 1e4
-    if name in ("num_inference_steps", "neumann_terms"):
+    if name == "num_inference_steps":
         return 1e5
+    if name == "neumann_terms":
+        return MOST_TERMS
     return 2**31 if isinstance(value, int) and "seed" not in key else math.inf
 
 
