@@ -428,6 +428,13 @@ ADAPTERS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         "generate", change_json(LORA_CONFIG, rank_pattern=["q_proj"]), FINAL, [LORA_CONFIG, "rank_pattern"]),
     "a config whose pattern is broken": (
         "generate", change_json(LORA_CONFIG, rank_pattern={"(": 2}), FINAL, [LORA_CONFIG, "rank_pattern"]),
+    **{
+        f"a config whose {key} would take for ever": (
+            "generate", change_json(LORA_CONFIG, **{key: value}), FINAL, [LORA_CONFIG, key, "repeats too much"])
+        for key, value in [
+            ("rank_pattern", {"(.|.)*X": 2}), ("alpha_pattern", {".*" * 12 + "X": 2}), ("target_modules", "(.*)*X"),
+        ]
+    },
     "a config with modules_to_save": (
         "generate", change_json(LORA_CONFIG, modules_to_save=["x"]), FINAL, [LORA_CONFIG, "modules_to_save"]),
     "an adapter of another model": (

@@ -359,6 +359,8 @@ def _require_targets(settings: Mapping[str, Any], modules: Modules, where: str) 
         return
     if not isinstance(targets, list | str):
         raise UserError(f"{where} has target_modules {targets!r:.60}, which must be a list of names or a pattern")
+    if isinstance(targets, str):
+        _refuse_endless(targets, "target_modules", where)
     for module in modules:
         names = (module, to_diffusers(module))
         try:
@@ -374,12 +376,21 @@ def _require_targets(settings: Mapping[str, Any], modules: Modules, where: str) 
             )
 
 
+def _refuse_endless(pattern: str, key: str, where: str) -> None:
+    """Refuse a pattern that could be written to take for ever: with repeated groups, or very many repetitions."""
+    if re.search(r"\)[*+{]", pattern) or len(re.findall("[*+{]", pattern)) > 4 or pattern.count("?") > 8:
+        raise UserError(
+            f"{where} has {pattern!r:.60} in {key}, which repeats too much to be matched; name modules instead"
+        )
+
+
 def _in_pattern(settings: Mapping[str, Any], key: str, module: str, default: float, where: str) -> float:
     """Look a module up as PEFT does, under its original name or diffusers': the first pattern that it ends in."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{where} has {key} {patterns!r:.60}, which must be an object of patterns")
     for pattern in patterns:
+        _refuse_endless(pattern, key, where)
         try:
             found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
         except re.error as error:
