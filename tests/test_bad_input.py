@@ -190,6 +190,8 @@ CHECKPOINTS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "a config with a huge size": (
         "train", change_json(f"{BASE}/config.json", intermediate_size=10**30), {},
         ["config.json", "intermediate_size"]),
+    "a config with a size of 0": (
+        "train", change_json(f"{BASE}/config.json", head_dim=0), {}, ["config.json", "head_dim", "from 1 to"]),
     "a config with a million layers": (
         "train", change_json(f"{BASE}/config.json", num_hidden_layers=10**6), {}, ["num_hidden_layers", "1000"]),
     "a config with a huge number": (

@@ -146,7 +146,8 @@ def _checked(name: str, value: Any, wanted: Any, path: Path) -> Any:
     if type(value) not in [typing.get_origin(option) or option for option in options]:
         kind = getattr(wanted, "__name__", str(wanted))
         raise UserError(f"{path}: {name} must be {kind}, found {value!r:.60}")
-    if type(value) is int and not 1 <= value <= (most := largest_size(name)):
+    most = largest_size(name)
+    if type(value) is int and not 1 <= value <= most:
         raise UserError(f"{path}: {name} must be from 1 to {most}, found {value!r:.60}")
     if type(value) is float and not abs(value) <= 1e12:
         raise UserError(f"{path}: {name} must be a number in use, found {value!r}")
