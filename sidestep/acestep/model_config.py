@@ -150,5 +150,5 @@ def _checked(name: str, value: Any, wanted: Any, path: Path) -> Any:
     if type(value) is int and not 1 <= value <= most:
         raise UserError(f"{path}: {name} must be from 1 to {most}, found {value!r:.60}")
     if type(value) is float and not abs(value) <= 1e12:
-        raise UserError(f"{path}: {name} must be a number in use, found {value!r}")
+        raise UserError(f"{path}: {name} must be from -1e12 to 1e12, found {value!r}")
     return value
