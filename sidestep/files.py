@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
 
 
-_LEFT = re.compile(rf"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-{_HOST}-(?P<process>\d{{1,9}})")
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-(?P<host>[A-Za-z0-9]*)-(?P<process>\d{1,9})")
 
 
 def _own(path: Path, kind: str) -> Path:
@@ -109,10 +109,13 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
     """Delete what :func:`replacing` and :func:`replacing_folder` left in a folder when their process was killed.
 
-    Only of processes of this machine, since those of others cannot be asked whether they live.
+    Args:
+        folder: where to look.
+        alone: nobody else may be writing there (see :func:`alone_in`), so that what processes of other machines left
+            can go too; they cannot be asked whether they live.
     """
     import psutil
 
@@ -122,7 +125,8 @@ def remove_abandoned(folder: Path) -> None:
             continue
         process = int(left["process"])
         # in a container a new process often gets the number of the one that was killed
-        if process == os.getpid() or not psutil.pid_exists(process):
+        dead = process == os.getpid() or not psutil.pid_exists(process)
+        if dead if left["host"] == _HOST else alone:
             target = folder / left["name"]
             if left["kind"] == "replaced" and not target.exists():
                 os.replace(path, target)  # killed between taking the old folder away and putting the new one there
@@ -151,6 +155,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(partial, folder)
             sync(folder.parent)
             shutil.rmtree(old, ignore_errors=True)
+    except UserError as error:  # what was found wrong in it should not be looked for under a hidden name
+        raise UserError(str(error).replace(str(partial), str(folder))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -178,16 +184,17 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     owner = folder / ".owner"
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
         try:
-            who = owner.read_text(encoding="utf-8").strip()
-        except OSError:  # it is only just coming or going
-            who = "another process"
-        if not wait:
-            raise UserError(f"{folder} is in use by {who}; wait for it or stop it") from error
-        log.info("waiting for %s, which is in use by %s", folder, who)
-        lock.acquire()
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            try:
+                who = owner.read_text(encoding="utf-8", errors="replace").strip()[:200]
+            except OSError:  # it is only just coming or going
+                who = "another process"
+            if not wait:
+                raise UserError(f"{folder} is in use by {who}; wait for it or stop it") from error
+            log.info("waiting for %s, which is in use by %s", folder, who)
+            lock.acquire()
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
     try:

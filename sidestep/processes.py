@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sidestep.errors import UserError
@@ -71,6 +72,31 @@ def check_together(facts: Mapping[str, Any]) -> None:
                     f"the processes of this run do not agree: {key} is {value} in process 0 and {theirs[key]} in "
                     f"process {number}; start them all with the same command, on the same files"
                 )
+
+
+@contextmanager
+def failing_together(num_processes: int) -> Iterator[None]:
+    """Raise what one process cannot go on with in every process, so that none waits for one that is gone.
+
+    Args:
+        num_processes: of this run; each must come here, with work of its own in the block.
+
+    Raises:
+        UserError: the first that was raised in the block of any process.
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    if num_processes > 1:
+        from accelerate.utils import gather_object
+
+        theirs = [text for text in gather_object([None if mine is None else str(mine)]) if text is not None]
+        if theirs:
+            raise UserError(theirs[0]) from mine
+    if mine is not None:
+        raise mine
 
 
 def share_only_trained(model: nn.Module) -> None:

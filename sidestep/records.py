@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _KINDS: dict[str, Any] = {
     "status": str,
@@ -23,7 +28,7 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Parse JSON; a whole number of more than 15 digits becomes a float, so that none is too large to compute with.
 
     Raises:
@@ -31,6 +36,44 @@ def parse_json(text: str) -> Any:
         RecursionError: if it is nested too deeply.
     """
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 15 else float(digits))
+
+
+def make_record(cls: type[T], values: Any) -> T:
+    """Make a dataclass of a JSON object whose values have the types of its fields.
+
+    Args:
+        cls: with fields of plain types, ``X | None`` and lists or dicts of plain types.
+        values: what was parsed.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"found {values!r:.60}")
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{key!r:.60} is not known")
+        if not _is_of(value, hints[key]):
+            raise ValueError(f"{key} is {value!r:.60}")
+    try:
+        return cls(**values)
+    except TypeError as error:  # a key is missing
+        raise ValueError(str(error).partition(") ")[2]) from error
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value that was parsed from JSON is of a type; whole numbers are floats too, and truth is no number."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(kind))
+    outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer is list:
+        return isinstance(value, list) and all(_is_of(item, inner[0]) for item in value)
+    if outer is dict:
+        return isinstance(value, dict) and all(_is_of(k, inner[0]) and _is_of(v, inner[1]) for k, v in value.items())
+    if isinstance(value, bool) or kind is Any:
+        return kind in (bool, Any)
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def parse_record(text: str) -> dict[str, Any]:

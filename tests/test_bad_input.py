@@ -187,6 +187,15 @@ CHECKPOINTS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         "train", change_json(f"{BASE}/config.json", num_hidden_layers=...), {}, ["config.json", "num_hidden_layers"]),
     "a config with text for a size": (
         "train", change_json(f"{BASE}/config.json", head_dim="big"), {}, ["config.json", "head_dim", "'big'"]),
+    "a config with a huge size": (
+        "train", change_json(f"{BASE}/config.json", intermediate_size=10**30), {},
+        ["config.json", "intermediate_size"]),
+    "a config with a size of 0": (
+        "train", change_json(f"{BASE}/config.json", head_dim=0), {}, ["config.json", "head_dim", "from 1 to"]),
+    "a config with a million layers": (
+        "train", change_json(f"{BASE}/config.json", num_hidden_layers=10**6), {}, ["num_hidden_layers", "1000"]),
+    "a config with a huge number": (
+        "train", change_json(f"{BASE}/config.json", rope_theta=1e308), {}, ["config.json", "rope_theta"]),
     "a config with other sizes": (
         "train", change_json(f"{BASE}/config.json", intermediate_size=96), {}, ["model.safetensors", "has shape"]),
     "a config that is nested too deeply": (
@@ -235,6 +244,8 @@ CHECKPOINTS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "no text encoder": ("generate", remove(TEXT), {}, ["Qwen3-Embedding-0.6B/ is missing"]),
     "a web page for a tokenizer": ("generate", write_file(f"{TEXT}/tokenizer.json", HTML), {}, ["tokenizer.json"]),
     "a tokenizer of nothing": ("generate", write_file(f"{TEXT}/tokenizer.json", "{}"), {}, ["tokenizer.json"]),
+    "a text encoder with a million layers": (
+        "generate", change_json(f"{TEXT}/config.json", num_hidden_layers=10**6), {}, [TEXT, "num_hidden_layers"]),
     "a text encoder of another width": (
         "generate", change_json(f"{TEXT}/config.json", hidden_size=128), {}, [TEXT, "has shape"]),
     "half a VAE for preprocessing": (
@@ -305,6 +316,7 @@ WORDS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
             "preprocess", entries({"filename": "song.wav", key: value}), ALBUM, ["song.wav", key])
         for key, value in [
             ("bpm", "fast"), ("bpm", 0), ("bpm", -3), ("bpm", [120]), ("bpm", True), ("bpm", 1e300), ("bpm", 10**400),
+            ("weight", 10**400), ("weight", 1e300), ("repeat", 10**20),
             ("caption", 5), ("caption", ["a"]), ("caption", "a\x07b"), ("caption", "\ud800"),
             ("lyrics", "la\x1b[31m"), ("lyrics", {}), ("lyrics", "la\0la"), ("genre", "a\nb"), ("language", "e\nn"),
             ("keyscale", ["C"]), ("timesignature", "waltz"), ("timesignature", {}), ("is_instrumental", "maybe"),
@@ -335,6 +347,18 @@ DATASETS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "half a character in songs.jsonl": (
         "train", change_song(audio="a\ud800.wav"), {}, ["songs.jsonl line 1", "audio", "no character"]),
     "frames in words": ("train", change_song(num_frames="many"), {}, ["songs.jsonl line 1", "num_frames", "'many'"]),
+    "a huge number of frames": ("train", change_song(num_frames=10**30), {}, ["songs.jsonl line 1", "num_frames"]),
+    "a huge number of repeats": ("train", change_song(repeat=10**20), {}, ["songs.jsonl line 1", "repeat"]),
+    "a huge weight": ("train", change_song(weight=1e300), {}, ["songs.jsonl line 1", "weight"]),
+    "trigger words with half a character": (
+        "train", change_json("dataset/dataset_info.json", settings={"custom_tags": ["\ud800"]}), {},
+        ["dataset_info.json", "custom_tags"]),
+    "trigger words that are numbers": (
+        "train", change_json("dataset/dataset_info.json", settings={"custom_tags": [5]}), {},
+        ["dataset_info.json", "custom_tags"]),
+    "windows of a huge length": (
+        "train", change_json("dataset/dataset_info.json", settings={"custom_tags": [], "window_seconds": 1e308}), {},
+        ["dataset_info.json", "window_seconds"]),
     "fewer frames than a patch": ("train", change_song(num_frames=1), {}, ["song0.wav", "1 frames"]),
     "more frames than there are": ("train", change_song(num_frames=10**6), {}, ["song0.safetensors", "shorter"]),
     "a path that leaves the dataset": (
@@ -397,6 +421,8 @@ ADAPTERS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "a config of rank NaN": ("generate", change_json(LORA_CONFIG, r=float("nan")), FINAL, [LORA_CONFIG, "r", "nan"]),
     "a config of rank infinity": ("generate", change_json(LORA_CONFIG, r=float("inf")), FINAL, [LORA_CONFIG]),
     "a config of huge rank": ("generate", change_json(LORA_CONFIG, r=2**63), FINAL, [LORA_CONFIG]),
+    "a config of an alpha past any use": (
+        "generate", change_json(LORA_CONFIG, lora_alpha=1e308), FINAL, [LORA_CONFIG, "lora_alpha"]),
     "a config of another rank": ("generate", change_json(LORA_CONFIG, r=7), FINAL, [LORA_CONFIG, "rank 7"]),
     "a config without alpha": (
         "generate", change_json(LORA_CONFIG, lora_alpha=...), FINAL, [LORA_CONFIG, "lora_alpha"]),
@@ -404,6 +430,13 @@ ADAPTERS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         "generate", change_json(LORA_CONFIG, rank_pattern=["q_proj"]), FINAL, [LORA_CONFIG, "rank_pattern"]),
     "a config whose pattern is broken": (
         "generate", change_json(LORA_CONFIG, rank_pattern={"(": 2}), FINAL, [LORA_CONFIG, "rank_pattern"]),
+    **{
+        f"a config whose {key} would take for ever": (
+            "generate", change_json(LORA_CONFIG, **{key: value}), FINAL, [LORA_CONFIG, key, "repeats too much"])
+        for key, value in [
+            ("rank_pattern", {"(.|.)*X": 2}), ("alpha_pattern", {".*" * 12 + "X": 2}), ("target_modules", "(.*)*X"),
+        ]
+    },
     "a config with modules_to_save": (
         "generate", change_json(LORA_CONFIG, modules_to_save=["x"]), FINAL, [LORA_CONFIG, "modules_to_save"]),
     "an adapter of another model": (
@@ -428,6 +461,18 @@ ADAPTERS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
         "generate", change_header(LORA, sidestep='{"model_variant": "base", "num_inference_steps": 2.5}'),
         FINAL | {"num_inference_steps": None},
         ["adapters/lora", "num_inference_steps=2.5"]),
+    **{
+        f"a header with {key}={value}": (
+            "generate", change_header(LORA, sidestep=json.dumps({"model_variant": "base", key: value})),
+            FINAL | {"num_inference_steps": None}, ["adapters/lora", key])
+        for key, value in [
+            ("num_inference_steps", 10**30), ("num_inference_steps", 10**9), ("shift", 1e308), ("shift", float("inf")),
+            ("guidance_scale", 1e308), ("guidance_scale", 10**400),
+        ]
+    },
+    "a strength of export past any use, to look at": (
+        "inspect", change_header(LORA, sidestep_export=json.dumps({"family": "lora", "scale": [1]})), {},
+        [LORA, "sidestep_export"]),
     "a header with a number for trigger words": (
         "generate", change_header(LORA, sidestep='{"custom_tags": 5}'), FINAL, ["adapters/lora", "custom_tags"]),
     "a LoKr without its config": (

@@ -18,11 +18,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.errors import UserError
 from sidestep.files import _HOST, naming, remove_abandoned, replacing_folder, write_tensors
+from sidestep.training.ema import WeightMean
 from sidestep.training.run import Run
 from sidestep.training.signals import Interrupted
 from sidestep.training.state import (
+    TrainingState,
+    _hash,
     load_checkpoint,
     newest_checkpoint,
     read_manifest,
@@ -30,7 +34,7 @@ from sidestep.training.state import (
     write_manifest,
 )
 from tests.audio_files import write
-from tests.factories import run_training
+from tests.factories import run_training, train_config
 from tests.processes import Command, at_call, obey_permissions
 from tests.test_reliability import TRAIN, final_weights, run_of
 
@@ -294,6 +298,96 @@ def test_only_what_was_replaced_comes_back_after_a_kill_not_what_was_being_delet
         (tmp_path / odd).mkdir()
     remove_abandoned(tmp_path)
     assert names_in(tmp_path) == [f".x.partial-{_HOST}-", f".x.partial-{_HOST}-y", "best"]
+
+
+def test_whoever_has_a_folder_for_itself_puts_right_what_a_kill_on_another_machine_left(tmp_path):
+    for name in (".epoch_2.replaced-othernode-7", ".epoch_3.partial-othernode-7"):
+        (tmp_path / name).mkdir()
+    remove_abandoned(tmp_path)
+    assert len(names_in(tmp_path)) == 2
+    remove_abandoned(tmp_path, alone=True)
+    assert names_in(tmp_path) == ["epoch_2"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"step": "4", "files": {}},
+        {"step": 4, "files": []},
+        {"step": 4, "files": {"../x": {"bytes": 1, "sha256": ""}}},
+        {"step": 4, "files": {"x": 5}},
+        {"step": 4, "files": {"x": {"bytes": 1}}},
+        {},
+    ],
+)
+def test_a_manifest_whose_hash_is_right_and_whose_shape_is_not_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(json.dumps(content | {"sha256": _hash(content)}))
+    with pytest.raises(UserError, match=r"manifest\.json is not the list of files of a checkpoint"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": "4"}, "step is '4'"),
+        ({"step": True}, "step is True"),
+        ({"adapter": {"x": 5}}, "adapter is {'x': 5}"),
+        ({"settings": None}, "settings is None"),
+        ({"extra": 1}, "'extra' is not known"),
+    ],
+)
+def test_a_training_state_with_a_value_of_another_kind_is_refused_by_key(tmp_path, values, message):
+    state = TrainingState(
+        step=4, num_steps=8, smoothed_loss=1, adapter={"x": torch.ones(1)}, optimizer={}, scaler={}, settings={}
+    )
+    right = {"format": 1, **vars(state)}
+    torch.save(right, tmp_path / "training_state.pt")
+    write_manifest(tmp_path, 4)
+    assert load_checkpoint(tmp_path).step == 4
+    torch.save(right | values, tmp_path / "training_state.pt")
+    write_manifest(tmp_path, 4)
+    with pytest.raises(UserError, match=rf"training_state\.pt was written by another version of sidestep: {message}"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_a_finished_run_and_the_sweep_around_it(
+    tmp_path, checkpoint_dir, dataset_dir, monkeypatch
+):
+    save = Run.save_checkpoint
+
+    def save_and_stop(*arguments, **options):
+        save(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save_checkpoint", save_and_stop)
+    typed = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=1")
+    with pytest.raises(Interrupted):
+        run_training(tmp_path / "run", *typed)
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+    assert isinstance(run_training(tmp_path / "run", *typed), float)
+
+
+def test_a_step_that_changes_nothing_leaves_the_running_mean_alone(checkpoint_dir):
+    config = train_config()
+    checkpoint = find_checkpoint(checkpoint_dir, config.model_variant)
+    adapter = config.adapter.attach(checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32))
+    mean = WeightMean(adapter, 0.5, {})
+    for parameter in adapter.parameters():
+        parameter.data += 1
+    before = {key: tensor.clone() for key, tensor in mean.state().items()}
+    mean.update(100, torch.tensor(False))
+    torch.testing.assert_close(mean.state(), before, rtol=0, atol=0)
+    mean.update(100, torch.tensor(True))
+    torch.testing.assert_close(mean.state(), {key: tensor + 0.5 for key, tensor in before.items()})
+
+
+def test_what_is_wrong_with_a_new_folder_is_said_of_its_own_name(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"^bad thing in .*/final/x, please$"),
+        replacing_folder(tmp_path / "final") as new,
+    ):
+        raise UserError(f"bad thing in {new / 'x'}, please")
+    assert list(tmp_path.iterdir()) == []
 
 
 # how files are written

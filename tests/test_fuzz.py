@@ -23,6 +23,8 @@ from sidestep.acestep.conditioning import tokenize
 from sidestep.adapters.files import apply_adapters, read_adapter
 from sidestep.config.settings import GenerateConfig, TrainConfig
 from sidestep.data.dataset import SongDataset, collate
+from sidestep.data.manifest import read_manifest
+from sidestep.data.shards import Shard, merge_shards, shard_folder, write_shard
 from sidestep.errors import UserError
 from sidestep.inference.generation import choose_sampling, choose_variant, read_played
 from sidestep.inspecting.summary import facts
@@ -119,6 +121,8 @@ def world(tmp_path_factory, checkpoint_dir, dataset_dir, adapters) -> Path:
     places = (f"checkpoint_dir={root / 'checkpoints'}", f"dataset_dir={root / 'dataset'}")
     run_training(root / "run", *places, "adapter.rank=1", "max_epochs=1")
     shutil.copytree(root / "run", root / "signed")
+    (part := shard_folder(root / "parts", 0, 1)).mkdir(parents=True)
+    write_shard(part, Shard(listing="all", info=(read := read_manifest(root / "dataset"))[0], songs=read[1]))
     return root
 
 
@@ -163,6 +167,7 @@ def use_silence(world: Path) -> None:
 def use_dataset(world: Path) -> None:
     dataset = SongDataset(world / "dataset", max_seconds=1, seed=0)
     dataset.fingerprint()
+    dataset.check_tensors()
     collate([dataset[position] for position in range(4)])
 
 
@@ -176,6 +181,10 @@ def use_state(world: Path) -> None:
 def use_manifest(world: Path) -> None:
     newest_checkpoint(world / "run")
     load_checkpoint(world / "run/checkpoints/epoch_1")
+
+
+def use_shard(world: Path) -> None:
+    assert merge_shards(world / "parts", 1, [], "all") in ([], [0])
 
 
 def use_run(world: Path) -> None:
@@ -216,6 +225,7 @@ TARGETS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[
     "training state": ("signed/checkpoints/epoch_1/training_state.pt", damaged_bytes, use_state),
     "manifest": ("run/checkpoints/epoch_1/manifest.json", damaged_json, use_manifest),
     "manifest bytes": ("run/checkpoints/epoch_1/manifest.json", damaged_bytes, use_manifest),
+    "shard": ("parts/shards/0-of-1/shard.json", damaged_json, use_shard),
     "run record": ("run/run.json", damaged_json, use_run),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sidestep.data.dataset import SongDataset
-from sidestep.data.manifest import DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.manifest import DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
 from sidestep.errors import UserError
 
 
@@ -103,6 +103,13 @@ def test_a_file_that_cannot_be_trained_on_is_refused_by_name(dataset_copy, part,
     position = next(position for position in range(4) if dataset.order[position] == 0)
     with pytest.raises(UserError, match=rf"{file} of song0\.wav {message}.*again"):
         dataset[position]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"lyrics": "many"}', "{", '{"a": true}', "null"])
+def test_what_is_no_count_of_cut_words_is_refused(text):
+    with pytest.raises(ValueError, match=r"found|Expecting"):
+        parse_cuts(text)
+    assert parse_cuts('{"lyrics": 7}') == {"lyrics": 7}
 
 
 def test_a_whole_number_of_seconds_is_a_number_of_seconds(dataset_copy):

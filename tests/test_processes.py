@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sidestep.errors import UserError
 from sidestep.processes import join_processes
@@ -135,6 +136,21 @@ def test_processes_with_different_settings_stop_before_they_train(tmp_path, type
     for process in group:
         assert "the processes of this run do not agree: seed is 0 in process 0 and 1 in process 1" in process.text
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_file_in_the_share_of_one_process_ends_both_with_its_name(tmp_path, typed, dataset_dir):
+    data = shutil.copytree(dataset_dir, tmp_path / "data", ignore=shutil.ignore_patterns(".checked"))
+    file = data / "conditions/song2.safetensors"  # every second file is the second process's
+    parts = {key: part.clone() for key, part in load_file(file).items()}
+    file.unlink()
+    save_file(parts | {"caption": torch.full((4, 64), torch.nan)}, file)
+    group = start_group(tmp_path, 2, training(2, *typed, "max_steps=2", f"dataset_dir={data}"))
+    finish(group, 1)
+    for process in group:
+        assert "song2.safetensors of song2.wav holds NaN" in process.text
+        assert "Traceback" not in process.text
+    assert len((data / ".checked").read_text().split()) == 2 + 4  # of the second process until there, and of the first
 
 
 @pytest.mark.slow

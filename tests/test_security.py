@@ -46,8 +46,8 @@ MAY_WRITE = {
     "data/encode.py", "data/manifest.py", "exporting/export.py", "exporting/merged.py", "inference/generation.py",
     "inference/music_files.py", "inspecting/inspect.py", "inspecting/plot.py", "training/final.py", "training/run.py",
     "training/state.py", "training/tracking.py", "training/previews.py", "training/validation.py",
-    "inference/previews.py", "reporting/page.py", "reporting/runs.py", "data/listing.py", "data/shards.py", "slurm.py",
-    "sweep.py", "training/fisher.py",
+    "inference/previews.py", "reporting/page.py", "reporting/runs.py", "data/checks.py", "data/listing.py",
+    "data/shards.py", "slurm.py", "sweep.py", "training/fisher.py",
 }  # fmt: skip
 """Modules that make, change or delete files. Each takes the folder from the settings and from nowhere else."""
 

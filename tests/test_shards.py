@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from sidestep.acestep.toy import make_toy_songs
 from sidestep.data.encode import preprocess
-from sidestep.data.manifest import read_manifest
+from sidestep.data.manifest import DatasetInfo, read_manifest
+from sidestep.data.shards import Shard, merge_shards, shard_folder, write_shard
 from sidestep.errors import UserError
 from tests.factories import preprocess_config
 from tests.forked import start
@@ -87,3 +89,24 @@ def test_parts_that_do_not_exist_are_refused(typed, answer):
 def test_more_parts_than_songs_are_refused(tmp_path, songs, checkpoint_dir):
     with pytest.raises(UserError, match="num_shards=5 is more than the 4 songs"):
         preprocess(preprocess_config(*typed(songs, tmp_path / "d", checkpoint_dir), "num_shards=5", "shard=0"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"failed": []},
+        {"listing": 5},
+        {"songs": [{"audio": "a"}]},
+        {"songs": {"a": {}}},
+        {"info": {"total_seconds": "x"}},
+    ],
+)
+def test_a_part_whose_record_has_values_of_another_kind_is_to_be_done_again(tmp_path, caplog, damage):
+    info = DatasetInfo(model_variant="base", condition_width=8, fingerprints={}, settings={"custom_tags": []})
+    (folder := shard_folder(tmp_path, 0, 1)).mkdir(parents=True)
+    write_shard(folder, Shard(listing="x", info=info, songs=[]))
+    whole = json.loads((folder / "shard.json").read_text())
+    changed = {key: whole[key] | value if key == "info" else value for key, value in damage.items()}
+    (folder / "shard.json").write_text(json.dumps(whole | changed))
+    assert merge_shards(tmp_path, 1, [], "x") == [0]
+    assert "shard.json cannot be understood" in caplog.text

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sidestep.acestep.weight_files import read_json
+from sidestep.acestep.weight_files import largest_size, read_json
 from sidestep.errors import UserError
 
 
@@ -140,12 +140,15 @@ def _alternating(num_layers: int) -> list[str]:
 
 def _checked(name: str, value: Any, wanted: Any, path: Path) -> Any:
     """Return ``value`` if it has the type of the field ``name``, with whole numbers accepted as floats."""
-    if wanted is float and type(value) is int:
-        return float(value)
+    if wanted is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if type(value) not in [typing.get_origin(option) or option for option in options]:
         kind = getattr(wanted, "__name__", str(wanted))
-        raise UserError(f"{path}: {name} must be {kind}, found {value!r}")
-    if type(value) is int and value < 1:
-        raise UserError(f"{path}: {name} must be at least 1, found {value!r}")
+        raise UserError(f"{path}: {name} must be {kind}, found {value!r:.60}")
+    most = largest_size(name)
+    if type(value) is int and not 1 <= value <= most:
+        raise UserError(f"{path}: {name} must be from 1 to {most}, found {value!r:.60}")
+    if type(value) is float and not abs(value) <= 1e12:
+        raise UserError(f"{path}: {name} must be from -1e12 to 1e12, found {value!r}")
     return value

@@ -16,6 +16,7 @@ from torch import Tensor
 from sidestep.errors import UserError
 from sidestep.files import ensure_readable
 
+MOST_LAYERS = 1000
 _RUNS, _RUN_LENGTH = 8, 8
 
 UNPICKLING_ERRORS = (
@@ -125,8 +126,14 @@ def check_sizes(config: dict[str, Any], names: Iterable[str], path: Path) -> Non
         if name not in config:
             raise UserError(f"{path} has no {name}; is it the config of the right model?")
         sizes = config[name] if type(config[name]) is list else [config[name]]
-        if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-            raise UserError(f"{path}: {name} must be at least 1, found {config[name]!r:.60}; download it again")
+        most = largest_size(name)
+        if not 0 < len(sizes) <= MOST_LAYERS or not all(type(size) is int and 1 <= size <= most for size in sizes):
+            raise UserError(f"{path}: {name} must be from 1 to {most}, found {config[name]!r:.60}; download it again")
+
+
+def largest_size(name: str) -> int:
+    """What a size in a config may be, far past any model's, so that none fills the memory before it is refused."""
+    return MOST_LAYERS if name.endswith("layers") else 2**20
 
 
 def load_tensor(path: Path) -> Tensor:

@@ -7,7 +7,6 @@ and playing adds the change that the family's formula makes of them.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from sidestep.adapters.base import AdapterConfig, SavedAdapter, by_kind, ends_wi
 from sidestep.adapters.lycoris import file_name
 from sidestep.errors import UserError
 from sidestep.files import ensure_readable, sha256_of
+from sidestep.records import parse_json
 
 if TYPE_CHECKING:
     from sidestep.acestep.checkpoint import Checkpoint
@@ -34,6 +34,9 @@ WEIGHTS_FILES = (lora.WEIGHTS_FILE, lora.DIFFUSERS_FILE, lokr.WEIGHTS_FILE, loha
 
 EXPORT_RECORD = "export.json"
 """What an exported folder says about itself. Its weights file may have any name."""
+
+MOST = 2**31
+"""Largest number that a file may give for a rank, an alpha and the like."""
 
 Modules = dict[str, dict[str, Tensor]]
 
@@ -169,7 +172,7 @@ def trained_on(saved: SavedAdapter) -> dict[str, Any]:
         UserError: if it is damaged.
     """
     try:
-        about = json.loads(saved.metadata.get("sidestep", "{}"))
+        about = parse_json(saved.metadata.get("sidestep", "{}"))
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict):
@@ -267,7 +270,7 @@ def _saved(
 
 
 _LAYER = re.compile(
-    r"layers\.\d+\.((self|cross)_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"layers\.\d{1,4}\.((self|cross)_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     # outside of the blocks, which ACE-Step's and Side-Step's trainers wrap too
     r"|proj_in\.1|proj_out\.1|condition_embedder|time_embed(_r)?\.(linear_1|linear_2|time_proj)"
 )
@@ -356,6 +359,8 @@ def _require_targets(settings: Mapping[str, Any], modules: Modules, where: str) 
         return
     if not isinstance(targets, list | str):
         raise UserError(f"{where} has target_modules {targets!r:.60}, which must be a list of names or a pattern")
+    if isinstance(targets, str):
+        _refuse_endless(targets, "target_modules", where)
     for module in modules:
         names = (module, to_diffusers(module))
         try:
@@ -371,12 +376,21 @@ def _require_targets(settings: Mapping[str, Any], modules: Modules, where: str) 
             )
 
 
+def _refuse_endless(pattern: str, key: str, where: str) -> None:
+    """Refuse a pattern that could be written to take for ever: with repeated groups, or very many repetitions."""
+    if re.search(r"\)[*+{]", pattern) or len(re.findall("[*+{]", pattern)) > 4 or pattern.count("?") > 8:
+        raise UserError(
+            f"{where} has {pattern!r:.60} in {key}, which repeats too much to be matched; name modules instead"
+        )
+
+
 def _in_pattern(settings: Mapping[str, Any], key: str, module: str, default: float, where: str) -> float:
     """Look a module up as PEFT does, under its original name or diffusers': the first pattern that it ends in."""
     patterns = settings.get(key) or {}
     if not isinstance(patterns, dict):
         raise UserError(f"{where} has {key} {patterns!r:.60}, which must be an object of patterns")
     for pattern in patterns:
+        _refuse_endless(pattern, key, where)
         try:
             found = any(re.match(rf"(.*\.)?({pattern})$", name) for name in (module, to_diffusers(module)))
         except re.error as error:
@@ -393,9 +407,9 @@ def _oft_config(settings: Mapping[str, Any], modules: Modules, where: str) -> of
             f"{where} does not say use_cayley_neumann, so its rotations are unknown; add it from the trainer"
         )
     terms = _whole(settings, "num_cayley_neumann_terms", where) if settings["use_cayley_neumann"] else 0
-    if 0 < terms < 4:
+    if 0 < terms < 4 or terms > oft.MOST_TERMS:
         raise UserError(f"{where} uses num_cayley_neumann_terms={terms}, which sidestep cannot read")
-    version = re.match(r"(\d+)\.(\d+)", str(settings.get("peft_version", "")))
+    version = re.match(r"(\d{1,9})\.(\d{1,9})", str(settings.get("peft_version", "")))
     if terms and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
         raise UserError(f"{where} is of a PEFT before 0.18, whose approximate rotations sidestep cannot read")
     shared, typed = bool(settings.get("block_share")), settings.get("oft_block_size") or 0
@@ -535,7 +549,7 @@ def _read_exported_lora(path: Path, tensors: Mapping[str, Tensor], metadata: dic
 
 def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
+        settings = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON; copy the adapter again ({error})") from error
     if not isinstance(settings, dict):
@@ -552,7 +566,7 @@ def _refuse(settings: Mapping[str, Any], names: Sequence[str], where: str) -> No
 
 def _number(settings: Mapping[str, Any], name: str, where: str) -> float:
     value = settings.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 2**63:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MOST:
         raise UserError(f"{where} needs a number for {name}, and has {value!r:.60}")
     return value
 

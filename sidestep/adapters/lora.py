@@ -273,7 +273,9 @@ def read_rank_pattern(path: Path) -> Any:
 def _pattern(setting: str, value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
     """Check that a setting maps names to numbers above 0; null is the same as none."""
     pattern = {} if value is None else value
-    if not isinstance(pattern, dict) or not all(type(number) in kinds and number > 0 for number in pattern.values()):
+    if not isinstance(pattern, dict) or not all(
+        type(number) in kinds and 0 < number <= 2**31 for number in pattern.values()
+    ):
         kind = "whole number" if kinds == (int,) else "number"
         raise UserError(f"adapter.{setting}={value} must give each name a {kind} above 0, as in {{q_proj:16}}")
     return pattern

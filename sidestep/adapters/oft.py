@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+MOST_TERMS = 100
+"""Of the series that approximates rotations; each costs a product of matrices."""
+
+
 @option("adapter", "oft")
 @dataclass(kw_only=True)
 class OftConfig(AdapterConfig):

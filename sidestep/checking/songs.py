@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.data.dataset import SongDataset, StoredSongs
 from sidestep.data.holdout import content_id
-from sidestep.data.manifest import AGAIN, SongRecord
+from sidestep.data.manifest import AGAIN, SongRecord, parse_cuts
 
 SHOWN = 3
 _TRACK = re.compile(r"^\d+[\s._-]+")
@@ -52,8 +51,8 @@ def _from_headers(source: StoredSongs) -> list[str]:
     for song in source.songs:
         try:
             peak = float(_metadata(folder / song.latents).get("peak", "0.5"))
-            cuts = json.loads(_metadata(folder / song.conditions).get("cut", "{}"))
-        except (SafetensorError, OSError, ValueError):
+            cuts = parse_cuts(_metadata(folder / song.conditions).get("cut", "{}"))
+        except (SafetensorError, OSError, ValueError, RecursionError):
             damaged.append(song.audio)
             continue
         if peak < SILENT_PEAK:

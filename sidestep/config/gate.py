@@ -23,6 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.acestep.variants import VariantConfig
+from sidestep.adapters.oft import MOST_TERMS
 from sidestep.config.settings import VramConfig
 from sidestep.errors import UserError
 
@@ -127,8 +128,8 @@ def to_dataclass(config: DictConfig, root: type[T]) -> T:
     for key, value in _numbers(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} must be a finite number")
-        if abs(value) > (largest := _largest(key, value)):
-            raise UserError(f"{key}={value} is too large; it may be {largest:g} at most")
+        if abs(value) > (most := largest(key, value)):
+            raise UserError(f"{key}={value} is too large; it may be {most:g} at most")
     try:
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
@@ -227,13 +228,22 @@ def _numbers(node: DictConfig | ListConfig, prefix: str = "") -> Iterator[tuple[
             yield from _numbers(value, f"{prefix}{key}.")
 
 
-def _largest(key: str, value: float) -> float:
-    """What a number may be, far past what has a use, so that none overflows in the middle of a run."""
+def largest(key: str, value: float) -> float:
+    """What a setting may be, far past what has a use, so that none overflows in the middle of a run.
+
+    Args:
+        key: its name, typed or in the header of an adapter.
+        value: a whole number, or one with a fraction.
+    """
     name = key.rpartition(".")[2]
     if name.endswith("seconds"):
         return 1e6
-    if name in ("shift", "scale", "alpha"):
+    if name in ("shift", "scale", "alpha", "guidance_scale"):
         return 1e4
+    if name == "num_inference_steps":
+        return 1e5
+    if name == "neumann_terms":
+        return MOST_TERMS
     return 2**31 if isinstance(value, int) and "seed" not in key else math.inf
 
 

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
+from sidestep.data.checks import Checkable, check_files
 from sidestep.data.legacy import LegacySongs, holds_tensor_files
 from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
 from sidestep.data.sampler import (
@@ -88,10 +89,9 @@ class Batch:
         return Batch(self.songs, *pinned)  # type: ignore[arg-type]
 
 
-class SongFolder(Protocol):
+class SongFolder(Checkable, Protocol):
     """A folder of preprocessed songs, whoever preprocessed them."""
 
-    folder: Path
     info: DatasetInfo
     songs: list[SongRecord]
 
@@ -133,11 +133,37 @@ class StoredSongs:
 
     def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
         song = self.songs[index]
-        keys = condition_keys(song, prompt, window=window, sings=sings)
+        return torch.cat(self._parts(song, condition_keys(song, prompt, window=window, sings=sings)))
+
+    def files(self, index: int) -> dict[str, str]:
+        song = self.songs[index]
+        about = (song.prompts, song.is_instrumental, song.is_timed, song.num_frames)
+        parts = f"{about} {self.info.settings.get('window_seconds')} {self.info.condition_width} {self.info.format}"
+        return {song.latents: f"{song.num_frames} frames", song.conditions: parts}
+
+    def check(self, index: int, file: str) -> None:
+        song = self.songs[index]
+        if file == song.latents:
+            self.latents(index, 0, song.num_frames)
+            return
+        seconds = self.info.settings.get("window_seconds")
+        windows: list[int] = []
+        if seconds is not None and song.num_frames > (frames := window_frames(seconds)):
+            windows = window_starts(song.num_frames, frames)
+        keys = {
+            key
+            for window in (None, *range(len(windows)))
+            for prompt in song.prompts
+            for sings in (True, False)
+            for key in condition_keys(song, prompt, window=window, sings=sings)
+        }
+        self._parts(song, sorted(keys))
+
+    def _parts(self, song: SongRecord, keys: Sequence[str]) -> list[Tensor]:
         parts = self._read(song, song.conditions, keys, slice(None), self.info.condition_width)
         if not all(len(part) for part in parts):
             raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
-        return torch.cat(parts)
+        return parts
 
     def _read(self, song: SongRecord, file: str, keys: Sequence[str], rows: slice, width: int) -> list[Tensor]:
         path = self.folder / file
@@ -249,19 +275,17 @@ class SongDataset(Dataset[Example]):
         part._make_orders()
         return part
 
-    def check_tensors(self) -> None:
+    def check_tensors(self, spare: Path | None = None, *, process: int = 0, num_processes: int = 1) -> None:
         """Read every file once, so that none of them stops a run days later; about a second per gigabyte.
+
+        The arguments are those of :func:`check_files`.
 
         Raises:
             UserError: naming the first file that is damaged, of the wrong shape, or not finite.
         """
-        for (source, index), song in zip(self._places, self.songs, strict=True):
-            source.latents(index, 0, song.num_frames)
-            source.condition(index, song.prompt, window=None, sings=False)
-            windows = range(len(self._window_starts(song) or []))
-            for window in (None, *windows):
-                for prompt in song.prompts:
-                    source.condition(index, prompt, window=window, sings=True)
+        for source in self.sources:
+            songs = [index for owner, index in self._places if owner is source]
+            check_files(source, songs, spare, process=process, num_processes=num_processes)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when what is trained on changes."""

@@ -35,7 +35,7 @@ from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, to
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
 from sidestep.data.lyrics import sung_between
-from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, read_manifest, write_manifest
+from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
 from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
 from sidestep.data.songs import SongList, printable, read_songs
@@ -574,7 +574,7 @@ def _about_latents(file: Path) -> tuple[int, float]:
 
 def _about_conditions(file: Path) -> tuple[int, dict[str, int]]:
     """Read the width of a song's conditions, and how many tokens were cut from which of its texts."""
-    shape, cuts = _read_header(file, "caption", "cut", json.loads)
+    shape, cuts = _read_header(file, "caption", "cut", parse_cuts)
     return shape[1], cuts
 
 
@@ -584,7 +584,7 @@ def _read_header(file: Path, key: str, note: str, parse: Callable[[str], Any]) -
         ensure_readable(file)
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_slice(key).get_shape(), parse((tensors.metadata() or {})[note])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error})") from error
 
 

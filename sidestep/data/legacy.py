@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidestep.data.manifest import DatasetInfo, SongRecord
+from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord
 from sidestep.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,17 @@ class LegacySongs:
         sample = _load(path)
         return _finite(sample["encoder_hidden_states"][sample["encoder_attention_mask"].bool()], path)
 
+    def files(self, index: int) -> dict[str, str]:
+        """The one file of a song."""
+        song = self.songs[index]
+        return {song.latents: f"{song.num_frames} frames"}
+
+    def check(self, index: int, file: str) -> None:
+        """Read it once, whole."""
+        song = self.songs[index]
+        self.latents(index, 0, song.num_frames)
+        self.condition(index, song.prompt, window=None, sings=True)
+
 
 def _load(path: Path) -> dict[str, Any]:
     """Open a file without reading more of it than is asked for.
@@ -140,6 +151,9 @@ def _record(name: str, sample: dict[str, Any], metadata: dict[str, Any], folder:
     if num_frames < 2 or not num_tokens:
         raise UserError(f"{folder / name} has {num_frames} frames and {num_tokens} tokens that are not padding")
     repeat = metadata.get("repeat")
+    for key in ("filename", "caption", "custom_tag"):
+        if HALF_CHARACTER.search(str(metadata.get(key) or "")):
+            raise UserError(f"{folder / name}: {key} holds half a character, {metadata[key]!r:.60}")
     with zipfile.ZipFile(folder / name) as archive:  # which is what a .pt is; it holds a checksum of each tensor
         contents = repr([(entry.filename.partition("/")[2], entry.CRC) for entry in archive.infolist()])
     return SongRecord(
@@ -149,7 +163,7 @@ def _record(name: str, sample: dict[str, Any], metadata: dict[str, Any], folder:
         prompt="caption",
         num_frames=num_frames,
         caption=str(metadata.get("caption") or ""),
-        repeat=repeat if type(repeat) is int and repeat >= 1 else 1,
+        repeat=repeat if type(repeat) is int and 1 <= repeat < 10**6 else 1,
         source="tensor file",
     )
 
@@ -160,7 +174,11 @@ def _sample_names(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.glob("*.pt") if _is_sample(path))
     content = _read_json(manifest)
     samples = content.get("samples")
-    if not isinstance(samples, list) or not samples or not all(isinstance(name, str) for name in samples):
+    if (
+        not isinstance(samples, list)
+        or not samples
+        or not all(isinstance(name, str) and "\0" not in name for name in samples)
+    ):
         raise UserError(f'{manifest} must name its files as {{"samples": ["<name>.pt", ...]}}')
     inside = folder.resolve()
     names = []

@@ -4,6 +4,7 @@
     songs.jsonl                        one line per song, in training order
     latents/<hash>.safetensors         latents (T, 64) float16, one file per distinct audio
     conditions/<hash>.safetensors      the parts of its conditions, each (tokens, D); see :func:`condition_keys`
+    .checked                           which versions of these files training has read through; see ``checks``
 
 Files are named by a hash of all that went into them, so that a song is encoded again only when its audio, its
 text or the model changes. No padding and no context is stored; both are made where they are needed.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import math
 import operator
 import re
 import types
@@ -32,6 +32,11 @@ AGAIN = "run python -m sidestep.preprocess again"
 INFO, SONGS = "dataset_info.json", "songs.jsonl"
 PROMPTS = ("caption", "genre", "tag")
 """The texts a song may have in the place of its caption; "tag" is the custom tag alone."""
+
+MOST_FRAMES = 25_000_000
+"""Latent frames of the longest song there may be, a million seconds."""
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What JSON and pickles can hold, and no file of text."""
 
 _FILE = re.compile(r"\w[\w./-]{0,254}", re.ASCII)
 
@@ -138,10 +143,13 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     info: DatasetInfo = _parse(DatasetInfo, "".join(_lines(folder / INFO)), where)
     if info.format != FORMAT:
         raise UserError(f"{where} has format {info.format}; this sidestep reads format {FORMAT}")
-    if not isinstance(info.settings.get("custom_tags"), list):
+    tags = info.settings.get("custom_tags")
+    if not isinstance(tags, list):
         raise UserError(f"{where}: settings has no list custom_tags; {AGAIN}")
+    if not all(isinstance(tag, str) and not HALF_CHARACTER.search(tag) for tag in tags):
+        raise UserError(f"{where}: settings has custom_tags {tags!r:.60}, which are no words; {AGAIN}")
     window_seconds = info.settings.get("window_seconds")
-    if window_seconds is not None and not (type(window_seconds) in (int, float) and 0.08 <= window_seconds < math.inf):
+    if window_seconds is not None and not (type(window_seconds) in (int, float) and 0.08 <= window_seconds <= 1e6):
         raise UserError(f"{where}: settings has window_seconds {window_seconds!r:.60}; {AGAIN}")
     songs_file = folder / SONGS
     lines = _lines(songs_file)
@@ -153,17 +161,35 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     for n, song in enumerate(songs, start=1):
         if "\\ud" in lines[n - 1].lower():  # half a surrogate pair cannot be written anywhere
             for key, value in dataclasses.asdict(song).items():
-                if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+                if HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
                     raise UserError(f"{songs_file} line {n}: {key} holds what is no character, {value!r:.60}; {AGAIN}")
         for file in (song.latents, song.conditions):
             if ".." in file or not _FILE.fullmatch(file):
                 raise UserError(f"{songs_file}: {file[:60]!r} is no file of the dataset folder; {AGAIN}")
-        if song.repeat < 1 or not 0 < song.weight < math.inf or song.prompt not in song.prompts:
-            wrong = "repeat must be at least 1, weight a number above 0, and prompt one of prompts"
+        if not 1 <= song.repeat < 10**6 or not 0 < song.weight <= 1e4 or song.prompt not in song.prompts:
+            wrong = (
+                "repeat must be at least 1 and below a million, weight a number above 0 and at most 10,000, and "
+                "prompt one of prompts"
+            )
             raise UserError(f"{songs_file} line {n}: {wrong}; {AGAIN}")
+        if song.num_frames > MOST_FRAMES:
+            raise UserError(f"{songs_file} line {n}: num_frames {song.num_frames:.6g} is too long for a song; {AGAIN}")
         if song.prompts != ["caption"] and not set(song.prompts) <= set(PROMPTS):
             raise UserError(f"{songs_file} line {n}: prompts must be of {', '.join(PROMPTS)}; {AGAIN}")
     return info, songs
+
+
+def parse_cuts(text: str) -> dict[str, int]:
+    """Read what the header of a conditions file says about words that were too many: text -> tokens cut off.
+
+    Raises:
+        ValueError: if it says nothing of the kind.
+        RecursionError: if it is nested too deeply.
+    """
+    cuts = json.loads(text)
+    if not isinstance(cuts, dict) or not all(type(tokens) is int for tokens in cuts.values()):
+        raise ValueError(f"found {text:.60}")
+    return cuts
 
 
 def _parse_quickly(lines: Sequence[str]) -> list[SongRecord] | None:

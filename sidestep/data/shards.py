@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord, write_manifest
 from sidestep.data.words import Song
 from sidestep.errors import UserError
 from sidestep.files import write_text
+from sidestep.records import make_record, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +112,14 @@ def _made_with(info: DatasetInfo) -> DatasetInfo:
 
 def _read(path: Path) -> Shard | None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["info"] = DatasetInfo(**values["info"])
-        values["songs"] = [SongRecord(**record) for record in values["songs"]]
-        return Shard(**values)
+        values = parse_json(path.read_text(encoding="utf-8"))
+        if HALF_CHARACTER.search(json.dumps(values, ensure_ascii=False)):
+            raise ValueError("it holds half a character")
+        info = make_record(DatasetInfo, values["info"])
+        songs = [make_record(SongRecord, record) for record in values["songs"]]
+        return make_record(Shard, values | {"info": info, "songs": songs})
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be understood (%s); run that part again", path, error)
         return None

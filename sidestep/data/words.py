@@ -178,10 +178,10 @@ def _repeat(value: Any) -> int:
 def _weight(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError("a number above 0")
+    if not 0 < number <= 1e4:
+        raise ValueError("a number above 0, up to 10,000")
     return number
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import SavedAdapter
 from sidestep.adapters.files import apply_adapters, read_adapter, trained_on, warn_of_another_model
-from sidestep.config.gate import read_variant
+from sidestep.config.gate import largest, read_variant
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype
 from sidestep.errors import UserError
@@ -203,7 +202,7 @@ def choose_sampling(config: GenerateConfig, variant: VariantConfig, adapters: Se
         if values[key] is None:
             values[key] = about.get(key, getattr(variant, key))
             kind = int if key == "num_inference_steps" else int | float
-            if not isinstance(values[key], kind) or not 0 < values[key] < math.inf:
+            if not isinstance(values[key], kind) or not 0 < values[key] <= largest(key, values[key]):
                 raise UserError(f"the header of {adapters[0].path} has {key}={values[key]!r}; type {key}=... yourself")
     sampling = Sampling(**values)
     if variant.is_turbo and sampling.guidance_scale > 1:

@@ -73,9 +73,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         with soundfile.SoundFile(path) as file:
             comment = _wav_comment(path) if file.format == "WAV" else file.comment
-        settings: dict[str, Any] = json.loads(comment)
-    except (OSError, ValueError, soundfile.LibsndfileError) as error:
+        settings = json.loads(comment)
+    except (OSError, ValueError, RecursionError, soundfile.LibsndfileError) as error:
         raise UserError(f"{path} is not music that sidestep made: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not music that sidestep made: its comment is {comment!r:.60}")
     return settings
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from sidestep.adapters.files import trained_on
 from sidestep.adapters.oft import OftConfig
 from sidestep.errors import UserError
 from sidestep.exporting.base_weights import BaseWeights
+from sidestep.records import parse_json
 
 _TINY = torch.finfo(torch.float32).tiny
 _COLUMNS = {"self_attn": "self", "cross_attn": "cross", "mlp": "mlp"}
@@ -171,7 +171,7 @@ def _training(about: Mapping[str, Any], saved: SavedAdapter) -> list[tuple[str, 
 
 def _export(saved: SavedAdapter) -> str:
     try:
-        done = json.loads(saved.metadata["sidestep_export"])
+        done = parse_json(saved.metadata["sidestep_export"])
         lost = f", {done['worst_error']:.2%} lost in the worst layer" if "worst_error" in done else ""
         return f"from {done['family']} at strength {done['scale']:g}{lost}"
     except (ValueError, RecursionError, TypeError, KeyError) as error:

@@ -27,11 +27,16 @@ class WeightMean:
             self.mean[key].copy_(tensor)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights at the end of a step, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, was_applied: Tensor) -> None:
+        """Take in the weights at the end of a step.
+
+        Args:
+            step: counted from 1.
+            was_applied: False for a step that changed nothing, the mean neither; a scalar on the device of the weights.
+        """
+        share = (1 - min(self.decay, (1 + step) / (10 + step))) * was_applied.float()
         weights = list(self.adapter.state_dict().values())
-        torch._foreach_lerp_(list(self.mean.values()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self.mean.values()), weights, [share] * len(weights))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""

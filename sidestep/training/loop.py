@@ -27,7 +27,7 @@ from sidestep.config.settings import AttentionKernel, TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.errors import UserError
 from sidestep.files import alone_in, remove_abandoned
-from sidestep.processes import Agreement, check_together, share_only_trained
+from sidestep.processes import Agreement, check_together, failing_together, rank, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
@@ -57,10 +57,10 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: 
     Raises:
         UserError: for anything the user can mend.
     """
-    run = open_run(config, output_dir, choices)
-    if run.finished_loss is not None:
-        return run.finished_loss
-    with alone_in(output_dir) if run.process == 0 else nullcontext():
+    with alone_in(output_dir) if rank() == 0 else nullcontext():
+        run = open_run(config, output_dir, choices)
+        if run.finished_loss is not None:
+            return run.finished_loss
         try:
             return _train(run, kept)
         except torch.OutOfMemoryError as error:
@@ -91,7 +91,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     with accelerator.main_process_first():  # it may set later checkpoints aside
         if accelerator.is_main_process:
             for folder in (run.output_dir, run.output_dir / "checkpoints"):
-                remove_abandoned(folder)  # and bring back what a kill left without its name
+                remove_abandoned(folder, alone=True)  # and bring back what a kill left without its name
         start = run.find_start()
     if accelerator.num_processes > 1:
         check_together(
@@ -102,7 +102,10 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 **run.record.settings,
             }
         )
-    run.dataset.check_tensors()
+    with failing_together(accelerator.num_processes):
+        run.all_songs.check_tensors(
+            run.output_dir, process=accelerator.process_index, num_processes=accelerator.num_processes
+        )
     initial = run.read_initial() if start is None else None
     previews = Previews(run) if config.previews.every_epochs is not None else None
     if kept is not None and (previews is not None or memory.offloaded_share):
@@ -147,6 +150,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
 
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step and step != run.record.step:  # else it is saved already
+            steps.sync()
             best = validation.state() if validation is not None else {}
             ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler
@@ -217,7 +221,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             update_unless_bad(optimizer, grad_norm, accelerator.scaler)
             optimizer.zero_grad()
             if mean is not None:
-                mean.update(step + 1)
+                mean.update(step + 1, grad_norm.isfinite())
             steps.add(step + 1, loss, grad_norm, config.optim.applied_lr(optimizer.param_groups[0]))
             saves = run.checkpoint_name(step + 1) is not None
             if saves or (step + 1) % config.log_every_steps == 0:
@@ -254,6 +258,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if validation is not None:
             validation.conclude(transformer)
         run.announce()
+    if stop.received is not None:  # while the last checkpoint was written; a sweep must not go on to its next point
+        raise Interrupted(stop.received)
     return steps.smoothed_loss if validation is None else validation.best_loss
 
 

@@ -89,6 +89,11 @@ class StepLog:
         if self.is_main:
             self._tracker.record_scalars(values, step)
 
+    def sync(self) -> None:
+        """Make what was written survive a power cut, before a checkpoint that will not write it again does."""
+        if self.is_main:
+            self._tracker.sync()
+
     def flush(self) -> None:
         """Fetch what is pending from the device and write it; afterwards ``num_bad`` is up to date."""
         if not self._pending:

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from sidestep.acestep.weight_files import UNPICKLING_ERRORS
 from sidestep.errors import UserError
 from sidestep.files import describe, discarding, replacing_folder, sha256_of
+from sidestep.records import make_record
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +102,12 @@ def load_checkpoint(folder: Path) -> TrainingState:
         saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
     except UNPICKLING_ERRORS as error:
         raise UserError(f"{folder / STATE} is not a training state ({type(error).__name__})") from error
-    names = {field.name for field in fields(TrainingState)}
-    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT or saved.keys() != names:
+    if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
         raise UserError(f"{folder / STATE} was written by another version of sidestep")
-    return TrainingState(**saved)
+    try:
+        return make_record(TrainingState, saved)
+    except ValueError as error:
+        raise UserError(f"{folder / STATE} was written by another version of sidestep: {error}") from error
 
 
 def newest_checkpoint(output_dir: Path) -> tuple[Path, TrainingState] | None:
@@ -208,7 +211,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash(manifest):
         raise UserError(f"{path} was changed since it was written (its hash differs)")
+    if not _is_manifest(manifest):
+        raise UserError(f"{path} is not the list of files of a checkpoint")
     return manifest
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether values have the types that are read, and names are of files in the folder; a hash does not tell that."""
+    files = manifest.get("files")
+    return (
+        type(manifest.get("step")) is int
+        and isinstance(files, dict)
+        and all(Path(name).name == name and isinstance(about, dict) for name, about in files.items())
+        and all({"bytes", "sha256"} <= about.keys() for about in files.values())
+    )
 
 
 def _hash(manifest: dict[str, Any]) -> str:

@@ -109,6 +109,11 @@ class Tracker:
         with naming(self.log_dir):
             self._board.flush()
 
+    def sync(self) -> None:
+        """Make ``metrics.jsonl``, as far as it was flushed, survive a power cut."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         with naming(self.path):
             self._file.close()
