@@ -40,7 +40,7 @@ def examine_sweep(overrides: Sequence[str]) -> None:
 
     What several points have in common is measured and said once.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)  # of other libraries
     logging.getLogger("sidestep").setLevel(logging.INFO)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
