@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -166,7 +168,8 @@ def test_the_page_csv_and_json_show_one_table(sweep):
 
 DAMAGE = {
     "point.json": ['{"overrides": [1], "status": 3}', '{"overrides": "x", "seconds": "long"}', "[1]", "\xff", "{",
-                   '{"overrides": [], "status": "running", "started": "yesterday"}'],
+                   json.dumps({"overrides": [], "status": "running", "started": "yesterday",
+                               "host": socket.gethostname(), "process": os.getpid()})],
     "run.json": ['{"validation": {"best_loss": "low"}}', "[]", '{"status": "finished", "error": "\\ud800"}'],
     "metrics.jsonl": ['{"step": "one", "loss": 1}\n{"step": 2, "loss": [3]}\n[]\n7\n{"step": 3, "loss": NaN}'],
     "validation.jsonl": ['{"step": 20, "loss": 1}', '{"step": 20, "loss": 1, "times": 3, "losses": [null]}', "null"],
