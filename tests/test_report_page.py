@@ -259,6 +259,29 @@ def test_the_best_run_is_first_and_columns_sort_both_ways(opened):
     assert opened.locator("th[aria-sort=descending]").inner_text().startswith("adapter.rank")
 
 
+def test_every_number_of_the_table_is_that_of_the_files(opened, sweep):
+    heads = opened.locator("#runs thead th").all_inner_texts()
+    for row in opened.locator("#runs tbody tr").all():
+        shown = dict(zip((head.strip(" ↑↓") for head in heads), row.locator("td").all_inner_texts(), strict=True))
+        record = json.loads((sweep / shown["run"] / "run.json").read_text())
+        point = json.loads((sweep / shown["run"] / "point.json").read_text())
+        settings = dict(override.split("=") for override in point["overrides"])
+        measured = record.get("validation", {})
+        numbers = {"held-out loss": "best_loss", "base": "base_loss", "training songs": "train_loss"}
+        assert {name: shown[name] for name in numbers} == {
+            name: f"{measured[key]:.4f}" if measured else "" for name, key in numbers.items()
+        }
+        assert shown["best step"] == str(measured.get("best_step", ""))
+        assert shown["status"] == record["status"] == point["status"]
+        assert shown["error"] == record["error"]
+        assert (shown["adapter.rank"], shown["optim.lr"]) == (settings["adapter.rank"], settings["optim.lr"])
+        assert shown["steps"] == (f"{record['step']} of {record['num_steps']}" if record["num_steps"] else "")
+        assert (shown["time of steps"], shown["time in all"]) == ("9 s", "12 s")
+        assert (record["train_seconds"], point["seconds"]) == (9, 12)
+        assert shown["memory"] == "1.3 GiB"
+        assert record["memory_gib"] == 1.25
+
+
 def test_the_table_filters_by_words_and_status(opened):
     opened.locator("#filter").fill("rank=16 finished")
     assert names(opened) == ["lora-rank16"]
