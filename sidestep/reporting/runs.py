@@ -387,7 +387,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     shown = ordered if len(points) <= MANY else ordered[:10]
     ways = ways_of_measuring(points)
     keys = [key for key in _keys(points) if len({point.settings.get(key) for point in points}) > 1]
-    header = ["point", "status", "objective", "steps", "time", "where", *(["evaluated"] if len(ways) > 1 else [])]
+    header = ["point", "status", "objective", "steps", "time", "where"]
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or "(not begun)",
@@ -396,10 +396,13 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
             f"{p.step}/{p.num_steps}" if p.num_steps else "",
             duration(p.seconds) if p.seconds else "",
             p.where,
-            *(([_measured_on(p) or "training loss"] if p.objective is not None else [""]) if len(ways) > 1 else ()),
         ]
         for p in shown
     ]
+    if len(ways) > 1:
+        header.append("evaluated")
+        for row, p in zip(rows, shown, strict=True):
+            row.append((_measured_on(p) or "training loss") if p.objective is not None else "")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
