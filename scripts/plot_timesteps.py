@@ -35,8 +35,8 @@ def main() -> None:
         else:
             density = torch.histc(t, 100, 0, 1) / DRAWS * 100
             left.plot(torch.linspace(0.005, 0.995, 100), density, label=name)
-    left.set(title="Times that training draws", xlabel="t (1 is noise)", ylabel="density", xlim=(0, 1), ylim=(0, None))
-    left.legend(fontsize=8, loc="upper right")
+    left.set(title="Times that training draws", xlabel="t (1 is noise)", ylabel="density", xlim=(0, 1), ylim=(0, 2.4))
+    left.legend(fontsize=8, loc="upper center", ncols=2)
     u = torch.linspace(0, 1, 200)
     for shift, steps in ((1.0, 50), (3.0, 8)):
         line = right.plot(1 - u, shift * u / (1 + (shift - 1) * u), label=f"shift {shift:g}")[0]

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.cli import run_command
-from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, launches_sweep, to_dataclass
+from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, explain, launches_sweep, to_dataclass
 from sidestep.config.naming import run_name
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
@@ -40,7 +43,7 @@ def examine_sweep(overrides: Sequence[str]) -> None:
 
     What several points have in common is measured and said once.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)  # of other libraries
     logging.getLogger("sidestep").setLevel(logging.INFO)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
@@ -122,14 +125,22 @@ def _examine(
     return examine(config, Path("outputs") / config.name / run, choices, examined)
 
 
-if __name__ == "__main__":
-    typed = [argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun")]
-    with_m = len(typed) < len(sys.argv) - 1
-    if not {"-h", "--help"} & set(typed) and (with_m or launches_sweep("train", typed)):
-        try:
-            examine_sweep(typed)
-        except UserError as error:
-            sys.exit(str(error))
-    else:
-        sys.argv[1:] = typed
+def main() -> None:
+    """Examine one run or, with ``-m`` or a sweep among the settings, every point of it."""
+    typed, unknown = get_args_parser().parse_known_args()
+    overrides = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
+    overrides += typed.overrides
+    if unknown or typed.help or not (typed.multirun or launches_sweep("train", overrides)):
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun")]
         run_command("doctor", TrainConfig, doctor_command)
+        return
+    try:
+        examine_sweep(overrides)
+    except UserError as error:
+        sys.exit(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(explain(error, "train", overrides))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from sidestep.checking.dry_run import longest_micro_batch, measure_step
 from sidestep.checking.songs import check_songs, family_of
 from sidestep.data.dataset import SongDataset
 from sidestep.data.manifest import read_manifest, write_manifest
-from sidestep.doctor import dearest_point, examine_sweep
+from sidestep.doctor import dearest_point, examine_sweep, main
 from sidestep.inference import previews
 from sidestep.training.memory import MemoryPlan
 from sidestep.training.run import open_run
@@ -58,7 +60,7 @@ def test_a_sound_run_is_described_and_nothing_is_written(tmp_path, places, caplo
     assert "songs     4, 0.2 minutes, 1 of them held out" in caplog.text
     assert "memory    weights 0.00122 + adapter" in caplog.text
     assert "(9 of 0." in caplog.text
-    assert "validation 0 s (1 times)" in caplog.text
+    assert "(1 times)" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -166,7 +168,7 @@ def test_evaluations_and_previews_are_counted_as_the_run_will_do_them(tmp_path, 
     needs, measure = [], doctor.measure_step
     monkeypatch.setattr(doctor, "measure_step", lambda *a: needs.append(measure(*a)) or needs[-1])
     cost = look(tmp_path, *typed)
-    assert "validation 0 s (2 times)" in caplog.text
+    assert "(2 times)" in caplog.text
     assert "(3 of 1 s)" in caplog.text
     run = open_run(train_config(*typed), tmp_path / "run", choices_of(*typed))
     (need,) = needs
@@ -254,7 +256,7 @@ def test_a_sweep_is_summed_up_and_a_point_that_cannot_be_is_named(tmp_path, plac
         examine_sweep([*typed, "adapter.rank=2,0,4", "optim.lr=1e-4,1e-3"])
     assert "point 6 of 6" in caplog.text
     assert "adapter.rank=0 must be at least 1" in caplog.text
-    assert "6 points: at most 0.00 hours of devices and" in caplog.text
+    assert "6 points: at most" in caplog.text
     assert "in all; 2 cannot be begun" in caplog.text
     assert len(steps) == 2
     assert read == ["transformer"]
@@ -271,18 +273,51 @@ def test_a_sweep_that_chooses_its_points_is_taken_at_its_dearest():
     ]  # fmt: skip
 
 
+def test_a_sweep_that_chooses_its_points_is_priced_by_how_many_it_chooses(places, caplog):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    typed = [*places, "device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
+    examine_sweep([*typed, "sweep=optuna", "hydra.sweeper.n_trials=3"])
+    assert "this sweep chooses 3 points as it goes" in caplog.text
+    assert "optim.lr=0.003 adapter.rank=64" in caplog.text
+    assert "3 points: at most" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "chosen",
-    [pytest.param(["-m", "adapter.rank=2,0"], marks=pytest.mark.slow), ["sweep=rank", "adapter.rank=0,2"]],
-    ids=["-m", "sweep=rank"],
+    ("typed", "answer"),
+    [
+        ("-m adapter=lora,lokr nam=x", "nam is not a setting; did you mean name?"),
+        ("-m adapter=lora,lokr x=[", "cannot read x=["),
+        ("-m --bogus adapter=lora,lokr", "--bogus is not an option"),
+        ("adapter=lora,lokr", "adapter=lora,lokr is several values; add -m"),
+    ],
 )
-def test_the_command_examines_every_point_of_a_sweep_and_launches_nothing(tmp_path, places, chosen):
+def test_a_mistyped_sweep_is_answered_in_one_line(typed, answer, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["doctor", *typed.split()])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit, match=re.escape(answer)):
+        main()
+
+
+def test_a_ready_sweep_is_examined_without_m_and_launches_nothing(tmp_path, places, caplog, monkeypatch):
+    typed = ["device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["doctor", *places, *typed, "sweep=rank", "adapter.rank=0,2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "2 points: at most" in caplog.text
+    assert "1 cannot be begun" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_examines_every_point_of_a_sweep_and_launches_nothing(tmp_path, places):
     typed = ["device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
     done = subprocess.run(
-        [sys.executable, "-m", "sidestep.doctor", *places, *typed, *chosen],
+        [sys.executable, "-m", "sidestep.doctor", *places, *typed, "-m", "adapter.rank=2,0"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "point 2 of " in done.stderr
-    assert "points: at most" in done.stderr
+    assert "point 2 of 2" in done.stderr
+    assert "2 points: at most" in done.stderr
     assert not (tmp_path / "outputs").exists()

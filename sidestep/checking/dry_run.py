@@ -20,6 +20,7 @@ from sidestep.acestep.kept import KeptWeights
 from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import Batch, collate
 from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES, window_frames
+from sidestep.errors import UserError
 from sidestep.inference.pipeline import Request
 from sidestep.inference.previews import render
 from sidestep.training.checkpointing import enable_gradient_checkpointing
@@ -207,6 +208,8 @@ def _time_rendering(run: Run) -> PreviewTimes:
             folder=Path(folder),
         )
         whole = time.monotonic() - began
+        if len(files) != 2:
+            raise UserError(f"previews of the base model are numbers that are not finite in {run.dtype}")
         first, second = (os.stat(Path(folder) / file.file).st_mtime_ns for file in files)
     gc.collect()
     piece = (second - first) / 1e9

@@ -39,7 +39,6 @@ STATUSES = ("running", "submitted", "waiting", "interrupted", "failed", "finishe
 _NOT_SHOWN = ("swept", "name")
 _WHERE = ("cluster", "hydra", "local")
 _HOST = socket.gethostname()
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 MANY = 40
 """Points that a terminal shows one by one."""
 
@@ -175,8 +174,9 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
 
 def _objective(record: dict[str, Any]) -> float | None:
     """What a finished run returns: its best validation loss, or its smoothed loss where no song is held out."""
-    best: float | None = (record.get("validation") or {}).get("best_loss")
-    return record.get("smoothed_loss") if best is None else best
+    validation = record.get("validation") or {}
+    objective: float | None = validation.get("best_loss") if validation else record.get("smoothed_loss")
+    return objective
 
 
 def read_plan(sweep_dir: Path) -> Plan | None:
@@ -217,9 +217,6 @@ def _check_kinds(record: Plan | PlannedPoint | PointRecord) -> None:
     for key, kind in _KINDS[type(record)].items():
         if not _is(value := getattr(record, key), kind):
             raise TypeError(f"{key} is {value!r:.60}")
-    started = getattr(record, "started", "")
-    if started and not _TIME.fullmatch(started):
-        raise TypeError(f"started is {started!r:.60}")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -264,8 +261,11 @@ def is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool | None
         began = psutil.Process(attempt.process).create_time()
     except psutil.NoSuchProcess:
         return False
-    # another process may have been given the number since
-    return began <= calendar.timegm(time.strptime(attempt.started, "%Y-%m-%dT%H:%M:%SZ")) + 1
+    try:
+        started = calendar.timegm(time.strptime(attempt.started, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:  # a file that was damaged
+        return None
+    return began <= started + 1  # another process may have been given the number since
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, str]:
@@ -387,7 +387,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     shown = ordered if len(points) <= MANY else ordered[:10]
     ways = ways_of_measuring(points)
     keys = [key for key in _keys(points) if len({point.settings.get(key) for point in points}) > 1]
-    header = ["point", "status", "objective", "steps", "time", "where", *(["evaluated"] if len(ways) > 1 else [])]
+    header = ["point", "status", "objective", "steps", "time", "where"]
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or "(not begun)",
@@ -396,10 +396,13 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
             f"{p.step}/{p.num_steps}" if p.num_steps else "",
             duration(p.seconds) if p.seconds else "",
             p.where,
-            *(([_measured_on(p) or "training loss"] if p.objective is not None else [""]) if len(ways) > 1 else ()),
         ]
         for p in shown
     ]
+    if len(ways) > 1:
+        header.append("evaluated")
+        for row, p in zip(rows, shown, strict=True):
+            row.append((_measured_on(p) or "training loss") if p.objective is not None else "")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -24,6 +24,11 @@
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
   const varied = keys.filter((key) => new Set(runs.map((run) => run.settings[key])).size > 1);
 
+  // in the legends of charts, what tells a run from the others
+  const apart = (run) => varied.map((key) => `${key.split(".").pop()}=${run.settings[key] ?? ""}`).join(" ");
+  const allApart = varied.length > 0 && new Set(runs.map(apart)).size === runs.length;
+  for (const run of runs) run.label = allApart ? apart(run) : run.name;
+
   at("title").textContent = data.title;
   const counts = {};
   for (const run of runs) counts[run.status] = (counts[run.status] || 0) + 1;
@@ -252,14 +257,14 @@
     plots = [];
     const stroke = strokes();
     const list = picked();
-    plot("chart-train", "step", list.map((run) => ({ label: run.name, x: run.steps, y: run.losses, stroke: stroke.get(run.index) })));
+    plot("chart-train", "step", list.map((run) => ({ label: run.label, x: run.steps, y: run.losses, stroke: stroke.get(run.index) })));
     plot(
       "chart-validation",
       "step",
       list.flatMap((run) => {
         const { steps: x, losses, base_losses } = run.evaluations;
         return [
-          { label: run.name, x, y: losses, stroke: stroke.get(run.index) },
+          { label: run.label, x, y: losses, stroke: stroke.get(run.index) },
           { label: "base model", x, y: base_losses, stroke: stroke.get(run.index), dash: true },
         ];
       }),
@@ -272,7 +277,7 @@
         const best = run.by_time;
         if (!best.times) return [];
         return [
-          { label: run.name, x: best.times, y: best.losses, stroke: stroke.get(run.index), bars: list.length === 1, width: 0.5, align: 0 },
+          { label: run.label, x: best.times, y: best.losses, stroke: stroke.get(run.index), bars: list.length === 1, width: 0.5, align: 0 },
           { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: true },
         ];
       }),
@@ -303,7 +308,7 @@
     for (const run of known) {
       const [x, y] = [position(run), run.objective];
       if (chosen.has(run.index)) {
-        ticked.push({ label: run.name, x: [x], y: [y], stroke: strokes().get(run.index) });
+        ticked.push({ label: run.label, x: [x], y: [y], stroke: strokes().get(run.index) });
         continue;
       }
       const place = taken.get(x) || 0;
@@ -319,6 +324,7 @@
     );
   }
 
+  at("lowest").textContent = validated ? "Lowest held-out loss by" : "Smoothed training loss by";
   at("setting").closest("figure").hidden = !varied.length;
   for (const key of varied) at("setting").append(make("option", key, { value: key }));
   at("setting").addEventListener("change", drawCharts);
