@@ -462,6 +462,13 @@ def test_a_song_with_bad_words_and_a_bad_entry_are_named_and_the_rest_go_on(conf
     assert "a/one.wav is left out: " in caplog.text
 
 
+def test_nothing_is_encoded_while_lines_of_songs_jsonl_cannot_be_read(config, songs, loads):
+    words(songs / "songs.jsonl", '{"audio": "a/one.wav", "caption": "new",}\n{"audio": "03 - three.wav"}\n[]\n')
+    with pytest.raises(UserError, match=r"songs\.jsonl line 1: is not JSON.*songs\.jsonl line 3: it must be an object"):
+        preprocess(config)
+    assert not loads
+
+
 def test_a_song_whose_condition_is_not_finite_is_named_and_the_rest_go_on(config, songs, monkeypatch):
     conditions = iter([torch.full((3, 64), torch.nan)])
     monkeypatch.setattr(encode, "encode_condition", lambda *args, **kw: next(conditions, torch.ones(3, 64)))

@@ -37,7 +37,7 @@ class PromptShares:
 
     def __post_init__(self) -> None:
         for key, share in self.given().items():
-            if share < 0:
+            if not 0 <= share < float("inf"):
                 raise UserError(f"data.prompts.{key}={share:g} must be at least 0")
 
     def given(self) -> dict[str, float]:

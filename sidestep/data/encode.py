@@ -141,6 +141,9 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         language=config.language,
         file_tags=config.file_tags,
     )
+    if listing.lost:
+        told = "; ".join(f"{printable(where)}: {printable(reason)}" for where, reason in listing.lost.items())
+        raise UserError(f"{told}; mend it first, since some songs would be told old words in the place of these")
     folder = Path(config.dataset_dir)
     _make_folders(folder)
     if config.shard is not None and config.num_shards is not None:
