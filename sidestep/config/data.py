@@ -60,7 +60,7 @@ class DataConfig:
     prior_weight: float = 1.0
     """What the loss of songs of prior_dataset_dir is multiplied by."""
     allow_leaked_reference: bool = False
-    """Train on tensors of ACE-Step's preprocess_mode=lokr, whose reference is the song itself."""
+    """Train on datasets whose reference audio is the song itself, such as those of ACE-Step's preprocess_mode=lokr."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lyrics_dropout <= 1:

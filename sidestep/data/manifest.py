@@ -70,6 +70,8 @@ class SongRecord:
     """Which of "caption", "genre" and "tag" are stored."""
     is_timed: bool = False
     """Whether each window has lyrics of its own."""
+    num_references: int = 0
+    """How many parts of the song are stored as reference audio besides silence."""
 
 
 _REQUIRED = ("audio", "latents", "conditions", "prompt", "num_frames")
@@ -93,7 +95,9 @@ class DatasetInfo:
     format: int = FORMAT
 
 
-def condition_keys(song: SongRecord, prompt: str, *, window: int | None, sings: bool) -> tuple[str, str, str]:
+def condition_keys(
+    song: SongRecord, prompt: str, *, window: int | None, sings: bool, reference: int | None = None
+) -> tuple[str, str, str]:
     """Name the three parts whose rows, one after the other, are a condition.
 
     The parts are independent: lyrics, reference and text go through different encoders, and the transformer does not
@@ -104,11 +108,13 @@ def condition_keys(song: SongRecord, prompt: str, *, window: int | None, sings: 
         prompt: one of those it has.
         window: one of its windows, or None for a condition that speaks of the whole song.
         sings: False leaves the lyrics out.
+        reference: which part of the song is its reference audio; None takes silence, or the file that all songs have.
     """
     lyrics = "lyrics" if sings or song.is_instrumental else "instrumental"
     if sings and window is not None and song.is_timed:
         lyrics = f"window.{window}.lyrics"
-    return lyrics, "reference", prompt if window is None else f"window.{prompt}"
+    sound = "reference" if reference is None else f"reference.{reference}"
+    return lyrics, sound, prompt if window is None else f"window.{prompt}"
 
 
 def write_manifest(folder: Path, info: DatasetInfo, songs: list[SongRecord]) -> None:
