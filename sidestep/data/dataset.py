@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
 from sidestep.data.legacy import LegacySongs, holds_tensor_files
-from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
+from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest, uncollected
 from sidestep.data.sampler import (
     FRAMES_PER_SECOND,
     PATCH_FRAMES,
@@ -210,6 +210,7 @@ class SongDataset(Dataset[Example]):
         UserError: if a folder is not a dataset, a file it names is missing, or ``config`` asks for what it has not.
     """
 
+    @uncollected()
     def __init__(
         self,
         folder: Path,
@@ -462,8 +463,8 @@ def open_songs(folder: Path, *, allow_leaks: bool = False) -> SongFolder:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; the sum of most tensors tells, in a tenth of the time."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    """Whether all values are finite; the sum of most tensors tells, in a thirtieth of the time."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # finite values may have an infinite sum
 
 
 def _either(values: set[float | None]) -> str:
