@@ -495,8 +495,8 @@ def collate(examples: list[Example]) -> Batch:
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     if len(rows) == 1:
         return rows[0][None], None
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows), None
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence(rows, batch_first=True)
-    if (lengths == lengths[0]).all():
-        return padded, None
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
