@@ -223,6 +223,24 @@ def test_every_text_of_every_song_is_checked_before_training(make):
             open_dataset(folder).check_tensors()
 
 
+def test_a_part_to_evaluate_is_told_what_is_sung_in_its_window(make):
+    folder = make((250, {"is_timed": True}), (90, {}), window_seconds=4.0)
+    for excerpts in (None, Excerpts.random):  # whatever the run draws
+        dataset = open_dataset(folder, excerpts=excerpts)
+        seen = set()
+        for place in range(300):
+            example = dataset.excerpt_at(0, 2, place)
+            lyrics, _, text = told(example.condition, STORED)
+            start = [0, 75, 150][int(lyrics.split(".")[1])]
+            frames = example.latents[:, 0].tolist()
+            assert (len(frames), text) == (50, "window.caption")
+            assert start <= frames[0] <= start + 50
+            seen.add((start, frames[0] - start))
+        assert len(seen) == 3 * 51 == len({(place % 3, place // 3 % 51) for place in range(300)})
+        whole = dataset.excerpt_at(1, 12, 7)
+        assert (told(whole.condition, STORED)[0], len(whole.latents)) == ("lyrics", 90)
+
+
 def test_the_reference_is_another_part_of_the_song_or_silence(make, caplog):
     folder = make((6000, {"num_references": 8}), (1200, {"num_references": 4}), (80, {}), reference="song")
     dataset = open_dataset(folder, max_seconds=60)

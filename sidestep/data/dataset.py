@@ -341,6 +341,27 @@ class SongDataset(Dataset[Example]):
         weight = song.weight * (self.config.prior_weight if number >= self._num_own else 1)
         return Example(number, latents, condition, weight)
 
+    def excerpt_at(self, number: int, seconds: float, place: int) -> Example:
+        """Read a part of a song that depends on nothing but what is given, whatever a run draws.
+
+        Where preprocessing made windows, it lies in one of them and is told what is sung there.
+
+        Args:
+            number: of the song.
+            seconds: longest excerpt.
+            place: any number of at least 0; decides where the part lies.
+        """
+        song = self.songs[number]
+        made_with = self._places[number][0].info.settings.get("window_seconds")
+        begin, available, window = 0, song.num_frames, None
+        if made_with is not None and song.num_frames > window_frames(made_with):
+            available = window_frames(made_with)
+            starts = window_starts(song.num_frames, available)
+            place, window = divmod(place, len(starts))
+            begin = starts[window]
+        length = excerpt_length(available, seconds)
+        return self.excerpt(number, begin + place % (available - length + 1), length, window=window)
+
     def draw(self, position: int) -> Draw:
         """Decide what lies at a position: the song, the excerpt, and its words."""
         number, visit = self._visit(position)
