@@ -38,7 +38,7 @@ TEXT_TOKENS = 85
 LYRIC_TOKENS = {"instrumental": 16, "sung": 300, "densely sung": 512}
 
 
-def write_songs(folder: Path, num_songs: int, lyric_tokens: int) -> None:
+def write_songs(folder: Path, num_songs: int, lyric_tokens: int, width: int = WIDTH) -> None:
     """Write a dataset of random songs."""
     for part in ("latents", "conditions"):
         (folder / part).mkdir(parents=True)
@@ -48,11 +48,11 @@ def write_songs(folder: Path, num_songs: int, lyric_tokens: int) -> None:
         parts = {"lyrics": lyric_tokens, "reference": 1, "caption": TEXT_TOKENS}
         if lyric_tokens > LYRIC_TOKENS["instrumental"]:
             parts["instrumental"] = LYRIC_TOKENS["instrumental"]
-        conditions = {key: torch.randn(length, WIDTH).bfloat16() for key, length in parts.items()}
+        conditions = {key: torch.randn(length, width).bfloat16() for key, length in parts.items()}
         save_file({"latents": latents}, folder / f"latents/{i}.safetensors")
         save_file(conditions, folder / f"conditions/{i}.safetensors")
         songs.append(record(i, f"latents/{i}.safetensors", f"conditions/{i}.safetensors"))
-    write_manifest(folder, info(), songs)
+    write_manifest(folder, info(width), songs)
 
 
 def record(number: int, latents: str, conditions: str) -> SongRecord:
@@ -70,9 +70,9 @@ def record(number: int, latents: str, conditions: str) -> SongRecord:
     )
 
 
-def info() -> DatasetInfo:
+def info(width: int = WIDTH) -> DatasetInfo:
     """Describe a dataset as preprocessing does."""
-    return DatasetInfo(model_variant="base", condition_width=WIDTH, fingerprints={}, settings={"custom_tags": []})
+    return DatasetInfo(model_variant="base", condition_width=width, fingerprints={}, settings={"custom_tags": []})
 
 
 def least_time(task: Callable[[], object]) -> tuple[float, float]:
@@ -164,6 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
         for seconds, batch_size in ((30, 1), (60, 1), (60, 4), (240, 1)):
             reading = measure_reading(Path(temporary, "sung"), seconds, batch_size, typed.examples // batch_size)
             results["reading"].append(reading)
+        write_songs(Path(temporary, "narrow"), typed.songs, LYRIC_TOKENS["sung"], width=1)
+        narrow = measure_reading(Path(temporary, "narrow"), 0.08, 1, typed.examples)
+        results["work_ms"] = narrow["cpu_ms_per_example"]
         results["opening"] = measure_opening(Path(temporary, "many"), typed.listed)
     print(
         "| excerpt, s | batch | CPU ms per example | examples per s | seconds of music per s |\n|---|---|---|---|---|"
@@ -173,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"| {row['excerpt_seconds']:g} | {row['batch_size']} | {row['cpu_ms_per_example']:.2f} | "
             f"{row['examples_per_second']:.0f} | {row['seconds_of_music_per_second']:.0f} |"
         )
+    print(f"{results['work_ms']:.2f} ms of it remain where an example holds next to nothing")
     opening = results["opening"]
     print(f"{opening['songs']} songs opened in {opening['seconds']:.2f} s ({opening['cpu_seconds']:.2f} s of CPU)")
     for kind, room in results["room"].items():
