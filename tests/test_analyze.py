@@ -14,6 +14,8 @@ from sidestep.errors import UserError
 from sidestep.training.fisher import Importance, allocate, analyze, measure
 from tests.factories import analyze_config, run_training, train_config
 
+FITTING = ("adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]")
+
 
 class Known(nn.Module):
     """y = 3 a(x) + b(x) + 0 c(x): the gradient of a's weight is three times b's, and c has none."""
@@ -93,7 +95,9 @@ def analyzed(tmp_path_factory, checkpoint_dir, dataset_dir):
 def test_the_analysis_is_the_same_every_time(analyzed):
     one, other = analyzed
     assert one.read_bytes() == other.read_bytes()
-    assert one.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    pictures = [one.with_suffix(".png"), one.with_name("one_importance.png")]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
 def test_a_run_takes_the_ranks_only_where_the_file_is_named(analyzed, tmp_path, checkpoint_dir, dataset_dir):
@@ -101,7 +105,7 @@ def test_a_run_takes_the_ranks_only_where_the_file_is_named(analyzed, tmp_path, 
     pattern = content["rank_pattern"]
     assert len(set(pattern.values())) > 1
     assert all(mean > 0 and error > 0 for mean, error in content["about"]["importance"].values())
-    typed = ["adapter=lora", "adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]"]
+    typed = ["adapter=lora", *FITTING]
     config = train_config(*typed, f"adapter.rank_pattern_file={analyzed[0]}").adapter
     assert {path: config.rank_of(path) for path in pattern} == pattern
     assert train_config(*typed).adapter.rank_pattern == {}
@@ -110,6 +114,23 @@ def test_a_run_takes_the_ranks_only_where_the_file_is_named(analyzed, tmp_path, 
     saved = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
     assert str(analyzed[0]) not in (tmp_path / "run/final/adapter_model.safetensors").read_bytes().decode("latin-1")
     assert set(saved["rank_pattern"].values()) <= set(pattern.values())
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ((), r"was made with rank=4, and adapter\.rank is 64; type adapter\.rank=4"),
+        (("adapter.rank=4",), r"made with target_modules=\[q_proj,up_proj\], .*type adapter\.target_modules=\[q_proj"),
+        (
+            ("model_variant=turbo", *FITTING),
+            "was made for model_variant=base, not turbo; run python -m sidestep.analyze",
+        ),
+    ],
+)
+def test_ranks_of_other_modules_another_budget_or_model_are_refused(analyzed, typed, message):
+    given = ["adapter=lora", "adapter.rank=64", *typed, f"adapter.rank_pattern_file={analyzed[0]}"]
+    with pytest.raises(UserError, match=message):
+        train_config(*given)
 
 
 @pytest.mark.parametrize(

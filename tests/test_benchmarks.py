@@ -63,8 +63,10 @@ def test_the_loader_is_measured_on_songs_in_real_sizes(tmp_path, capsys):
     results = json.loads(out.read_text())
     assert [row["excerpt_seconds"] for row in results["reading"]] == [30, 60, 60, 240]
     assert results["opening"]["songs"] == 50
+    assert results["work_ms"] > 0
     room = results["room"]
     assert room["instrumental"]["times_less"] > 4  # 85 of 769 tokens are there, and no context
+    assert room["sung"]["times_less"] > 2
     assert room["sung"]["mb_per_minute"] < room["densely sung"]["mb_per_minute"]
     assert "MB per minute" in capsys.readouterr().out
 

@@ -11,13 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts, PromptShares
+from sidestep.config.evaluation import ValidationConfig
 from sidestep.data.dataset import SongDataset, collate
+from sidestep.data.holdout import hold_out
 from sidestep.data.loader import read_batches
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
+from sidestep.data.sampler import reference_parts
 from sidestep.errors import UserError
 from tests.factories import run_training, write_dataset
 
 PARTS = ("lyrics", "instrumental", "reference", "caption", "genre", "tag")
+STORED = [
+    *PARTS, *(f"window.{key}" for key in PARTS[3:]), *(f"window.{n}.lyrics" for n in range(9)),
+    *(f"reference.{n}" for n in range(8)),
+]  # fmt: skip
 
 
 def part(name: str) -> torch.Tensor:
@@ -43,8 +50,7 @@ def make(tmp_path):
         for i, (num_frames, fields) in enumerate(songs):
             latents = torch.arange(num_frames).view(-1, 1).expand(-1, 64) % 2048  # each frame tells its number
             save_file({"latents": latents.half().contiguous()}, folder / f"latents/{i}.safetensors")
-            windows = [f"window.{key}" for key in PARTS[3:]] + [f"window.{n}.lyrics" for n in range(9)]
-            save_file({key: part(key) for key in [*PARTS, *windows]}, folder / f"conditions/{i}.safetensors")
+            save_file({key: part(key) for key in STORED}, folder / f"conditions/{i}.safetensors")
             record = SongRecord(
                 audio=f"{name}{i}.wav",
                 latents=f"latents/{i}.safetensors",
@@ -75,8 +81,7 @@ def open_dataset(folder: Path, max_seconds: float = 4, prior: Path | None = None
 
 
 def words(dataset, position):
-    windows = [f"window.{key}" for key in PARTS[3:]] + [f"window.{n}.lyrics" for n in range(9)]
-    return told(dataset[position].condition, [*PARTS, *windows])
+    return told(dataset[position].condition, STORED)
 
 
 def test_random_excerpts_are_told_the_whole_song_unless_they_are_to_have_no_lyrics(make):
@@ -218,6 +223,68 @@ def test_every_text_of_every_song_is_checked_before_training(make):
             open_dataset(folder).check_tensors()
 
 
+def test_a_part_to_evaluate_is_told_what_is_sung_in_its_window(make):
+    folder = make((250, {"is_timed": True}), (90, {}), window_seconds=4.0)
+    for excerpts in (None, Excerpts.random):  # whatever the run draws
+        dataset = open_dataset(folder, excerpts=excerpts)
+        seen = set()
+        for place in range(300):
+            example = dataset.excerpt_at(0, 2, place)
+            lyrics, _, text = told(example.condition, STORED)
+            start = [0, 75, 150][int(lyrics.split(".")[1])]
+            frames = example.latents[:, 0].tolist()
+            assert (len(frames), text) == (50, "window.caption")
+            assert start <= frames[0] <= start + 50
+            seen.add((start, frames[0] - start))
+        assert len(seen) == 3 * 51 == len({(place % 3, place // 3 % 51) for place in range(300)})
+        whole = dataset.excerpt_at(1, 12, 7)
+        assert (told(whole.condition, STORED)[0], len(whole.latents)) == ("lyrics", 90)
+
+
+def test_the_reference_is_another_part_of_the_song_or_silence(make, caplog):
+    folder = make((6000, {"num_references": 8}), (1200, {"num_references": 4}), (80, {}), reference="song")
+    dataset = open_dataset(folder, max_seconds=60)
+    assert "the reference audio of 2 of 3 songs is silence, as excerpts of up to 48 s leave no part" in caplog.text
+    seen = Counter()
+    for position in range(60):
+        draw = dataset.draw(position)
+        sound = words(dataset, position)[1]
+        seen[draw.song, sound] += 1
+        if draw.song == 0:
+            begin, end = reference_parts(6000)[int(sound.removeprefix("reference."))]
+            assert end <= draw.start or begin >= draw.start + draw.length
+            assert dataset.draw(position) == draw
+    assert len([sound for song, sound in seen if song == 0]) == 8
+    assert {sound for song, sound in seen if song != 0} == {"reference"}
+    assert told(dataset.excerpt(0, 0, 1500).condition, STORED)[1] == "reference.2"
+
+
+def test_a_reference_that_is_the_song_itself_is_refused_unless_it_is_wanted(make):
+    folder = make((6000, {}), (80, {}), reference="song")  # as datasets were made once
+    with pytest.raises(UserError, match=r"the reference audio of data0\.wav is the song itself.*preprocess again"):
+        open_dataset(folder)
+    assert words(open_dataset(folder, allow_leaked_reference=True), 0)[1] == "reference"
+
+
+def test_a_genre_that_only_the_prior_dataset_has_is_none(make):
+    own, prior = make((80, {"prompts": ["caption"]})), make((80, {}), name="prior")
+    with pytest.raises(UserError, match=r"data\.prompts\.genre: no song of dataset_dir=.* has a genre"):
+        open_dataset(own, prior=prior, prompts=PromptShares(genre=1))
+
+
+def test_shares_that_overrule_what_preprocessing_chose_say_so(make, caplog):
+    open_dataset(make((80, {"prompt": "genre"})), prompts=PromptShares(caption=1))
+    assert "data.prompts decides which text is told, so genre_ratio and prompt_override" in caplog.text
+
+
+def test_a_held_out_song_is_not_trained_on_as_a_prior_one(make):
+    """In these datasets, songs of one number have the same sound."""
+    dataset = open_dataset(make((80, {}), (80, {})), prior=make((80, {}), name="prior"))
+    assert hold_out(dataset.own_songs, ValidationConfig(songs=["data1.wav"]), dataset.prior_songs) == ([0], [1])
+    with pytest.raises(UserError, match=r"holds out prior0\.wav, which prior_dataset_dir also has"):
+        hold_out(dataset.own_songs, ValidationConfig(songs=["data0.wav"]), dataset.prior_songs)
+
+
 def test_datasets_with_other_windows_do_not_go_together(make):
     own, prior = make((300, {}), window_seconds=4.0), make((300, {}), name="prior")
     with pytest.raises(UserError, match=r"made with window_seconds 4 and null; .*data\.excerpts=random"):
@@ -243,6 +310,7 @@ def test_another_repeat_or_weight_is_another_dataset(make, key):
         (lambda: DataConfig(lyrics_dropout=2), r"data\.lyrics_dropout=2 must be from 0 to 1"),
         (lambda: DataConfig(prior_weight=0), r"data\.prior_weight=0 must be above 0"),
         (lambda: PromptShares(tag=-1), r"data\.prompts\.tag=-1 must be at least 0"),
+        (lambda: PromptShares(genre=float("nan")), r"data\.prompts\.genre=nan must be at least 0"),
     ],
 )
 def test_shares_that_are_none_are_refused(make_config, message):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shlex
 
 import pytest
 import torch
 
 from sidestep.config.data import DataConfig
 from sidestep.data.dataset import SongDataset
+from sidestep.data.holdout import content_id
 from sidestep.errors import UserError
-from tests.factories import run_training
+from tests.factories import preprocess_config, run_training
 
 
 def write_sample(path, *, frames=60, tokens=9, width=64, padding=20, mode=None, seed=0, **metadata):
@@ -115,6 +117,44 @@ def test_files_of_another_model_are_refused(side_step, tmp_path, checkpoint_dir)
     write_sample(tmp_path / "wide/one.pt", width=48)
     with pytest.raises(UserError, match=r"has conditions of 48 channels, and model_variant=base reads 64"):
         run_training(tmp_path / "run", place, f"dataset_dir={tmp_path / 'wide'}")
+
+
+def test_a_song_in_its_own_context_leaks_whatever_its_metadata_say(tmp_path):
+    write_sample(tmp_path / "x/one.pt")
+    sample = torch.load(tmp_path / "x/one.pt", weights_only=True)
+    sample["context_latents"][:, :64] = sample["target_latents"]
+    torch.save(sample, tmp_path / "x/one.pt")
+    with pytest.raises(UserError, match=r"one\.pt the first, .*the song itself"):
+        open_dataset(tmp_path / "x")
+
+
+def test_the_command_that_makes_them_right_can_be_pasted(tmp_path, caplog):
+    folder = tmp_path / "my tensors"
+    write_sample(folder / "one.pt", audio_path="/my music/$(touch x)/it's.wav", custom_tag="a b")
+    open_dataset(folder)
+    command = caplog.records[-1].getMessage().partition("python -m sidestep.preprocess ")[2].partition(" makes")[0]
+    config = preprocess_config(*shlex.split(command.replace("<variant>", "base")))
+    assert (config.audio_dir, config.dataset_dir) == ("/my music/$(touch x)", f"{folder}-sidestep")
+    assert config.custom_tag == "a b"
+
+
+def test_files_of_one_name_in_two_subfolders_are_two_songs(tmp_path):
+    folder = tmp_path / "x"
+    for index, name in enumerate(["a/x.pt", "b/x.pt"]):
+        write_sample(folder / name, seed=index)
+    (folder / "manifest.json").write_text(json.dumps({"samples": ["a/x.pt", "b/x.pt"]}))
+    songs = open_dataset(folder).songs
+    assert [song.latents for song in songs] == ["a/x.pt", "b/x.pt"]
+    assert len({content_id(song) for song in songs}) == 2
+
+
+def test_padding_between_frames_is_left_out_too(tmp_path):
+    write_sample(tmp_path / "x/one.pt")
+    sample = torch.load(tmp_path / "x/one.pt", weights_only=True)
+    sample["attention_mask"][3] = 0
+    torch.save(sample, tmp_path / "x/one.pt")
+    latents = open_dataset(tmp_path / "x").excerpt(0, 2, 4).latents
+    assert torch.equal(latents, sample["target_latents"][[2, 4, 5, 6]].float())
 
 
 def test_every_file_that_cannot_be_used_is_named_at_once(tmp_path):

@@ -22,11 +22,11 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
-from sidestep.data import encode
+from sidestep.data import encode, sampler
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
 from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
-from sidestep.files import _HOST, alone_in
+from sidestep.files import _HOST, alone_in, sha256_of
 from tests.audio_files import write
 from tests.factories import train_config
 
@@ -64,6 +64,7 @@ def songs(tmp_path):
     root = tmp_path / "songs"
     for index, name in enumerate(["a/one.wav", "b/two.flac", "03 - three.wav"]):
         write(root / name, noise(0.5 + 0.1 * index, seed=index), 48_000)
+        os.utime(root / name, (1e9, 1e9))  # not just now
     words(root / "a/one.caption.txt", "a calm piano piece")
     words(root / "a/one.lyrics.txt", "[Verse]\nhello world")
     words(root / "a/one.json", json.dumps({"bpm": 120, "keyscale": "C major", "timesignature": "4", "language": "en"}))
@@ -211,16 +212,13 @@ def test_each_window_is_told_its_own_lyrics_and_duration(config, songs, checkpoi
     assert not any(key.startswith("window") for key in load_file(folder / records["a/one.wav"].conditions))
 
 
-@pytest.mark.parametrize("reference", ["song", "voice.wav"])
-def test_a_reference_replaces_silence_and_costs_no_new_latents(config, songs, checkpoint, loads, tmp_path, reference):
+def test_a_reference_replaces_silence_and_costs_no_new_latents(config, songs, checkpoint, loads, tmp_path):
     preprocess(config)
     before = read(config)[1]
     loads.clear()
-    if reference != "song":
-        write(tmp_path / reference, noise(1.2, seed=5), 48_000)
-        reference = str(tmp_path / reference)
+    reference = str(write(tmp_path / "voice.wav", noise(1.2, seed=5), 48_000))
     summary = preprocess(replace(config, reference=reference))
-    assert loads == (["vae"] if reference != "song" else []) + ["text_encoder", "condition_encoder"]
+    assert loads == ["vae", "text_encoder", "condition_encoder"]
     assert summary.changed == set(before)
     _, records, folder = read(config)
     references = []
@@ -231,8 +229,39 @@ def test_a_reference_replaces_silence_and_costs_no_new_latents(config, songs, ch
         assert torch.equal(old["caption"], new["caption"])
         assert not torch.allclose(old["reference"], new["reference"])
         references.append(new["reference"])
-    assert torch.equal(references[0], references[1]) == (reference != "song")
+    assert torch.equal(references[0], references[1])
     assert not preprocess(replace(config, reference=reference)).changed
+
+
+def test_a_song_is_its_own_reference_in_parts(config, songs, checkpoint, monkeypatch):
+    """Parts of 0.24 s instead of 10, so that a song of half a second has four."""
+    monkeypatch.setattr(sampler, "REFERENCE_FRAMES", 9)
+    preprocess(replace(config, reference="song"))
+    _, records, folder = read(config)
+    record = records["b/two.flac"]
+    parts = sampler.reference_parts(record.num_frames)
+    assert (record.num_frames, parts, record.num_references) == (15, [(0, 3), (3, 7), (7, 11), (11, 15)], 4)
+    latents, stored = load_file(folder / record.latents)["latents"], load_file(folder / record.conditions)
+    tokenizer, text_encoder = checkpoint.load_text_encoder(device=CPU, dtype=torch.float32)
+    for number, sound in [(None, checkpoint.silence()), *((n, latents[slice(*part)]) for n, part in enumerate(parts))]:
+        keys = condition_keys(record, "caption", window=None, sings=True, reference=number)
+        expected = encode_condition(
+            tokenize(
+                tokenizer, caption_prompt("a loud song", bpm=None, timesignature="", keyscale="", duration=0), 256
+            )[0],
+            tokenize(tokenizer, lyrics_prompt("la la", "unknown"), 2048)[0],
+            text_encoder=text_encoder,
+            condition_encoder=checkpoint.load_condition_encoder(device=CPU, dtype=torch.float32),
+            silence=sound if number is None else reference_frames(sound),
+        )
+        torch.testing.assert_close(torch.cat([stored[key] for key in keys]), expected, rtol=0, atol=1e-6)
+
+
+def test_a_song_too_short_for_parts_refers_to_silence(config, songs):
+    preprocess(replace(config, reference="song"))
+    info, records, _ = read(config)
+    assert info.settings["reference"] == "song"
+    assert {record.num_references for record in records.values()} == {0}
 
 
 def test_a_reference_is_ten_seconds_of_each_third():
@@ -355,6 +384,33 @@ def test_a_changed_caption_encodes_only_that_songs_words(config, songs, loads):
     assert after["b/two.flac"] == before["b/two.flac"]
 
 
+def test_audio_that_did_not_change_is_not_read_again(config, songs, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(encode, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    preprocess(config)
+    assert sorted(hashed) == ["03 - three.wav", "one.wav", "two.flac"]
+    hashed.clear()
+    write(songs / "a/one.wav", noise(0.5, seed=9), 48_000)  # just now, so that another change might look the same
+    assert preprocess(config).changed == {"a/one.wav"}
+    assert not preprocess(config).changed
+    assert hashed == ["one.wav", "one.wav"]
+    words(Path(config.dataset_dir) / encode.HASHES, '{"x": [1]')
+    assert not preprocess(config).changed
+
+
+def test_prompts_that_are_the_same_are_encoded_once(config, tmp_path, monkeypatch):
+    write(tmp_path / "songs/x.wav", noise(3.2), 48_000)
+    words(tmp_path / "songs/x.lrc", "[00:00.10]only line")
+    seen = []
+    monkeypatch.setattr(encode, "tokenize", lambda *args: seen.append(args[1]) or tokenize(*args))
+    preprocess(replace(config, window_seconds=1.0))
+    assert len(seen) == len(set(seen)) == 4  # of both durations, the line, and none for the other windows
+    _, records, folder = read(config)
+    parts = load_file(folder / records["x.wav"].conditions)
+    assert torch.equal(parts["window.1.lyrics"], parts["instrumental"])
+    assert not torch.equal(parts["window.0.lyrics"], parts["window.1.lyrics"])
+
+
 def test_changed_audio_encodes_only_that_song(config, songs, loads):
     preprocess(config)
     before = read(config)[1]
@@ -375,7 +431,7 @@ def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, lo
         stopped.setattr(encode, "encode_condition", fail)
         with pytest.raises(KeyboardInterrupt):
             preprocess(config)
-    files = {path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()} - {".lock"}
+    files = {path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()} - {".lock", encode.HASHES}
     assert len(files) == 3
     assert all(name.endswith(".safetensors") and not name.startswith(".") for name in files)
     loads.clear()
@@ -452,6 +508,23 @@ def test_a_bad_song_is_named_and_the_rest_go_on(config, songs):
     assert any(line.startswith("skipped a/noise.wav: ") for line in summary.lines())
 
 
+def test_audio_that_cannot_be_decoded_is_named_before_any_model_is_loaded(config, songs, loads, caplog, monkeypatch):
+    """All of it at once: what is no audio, empty, too short, or cut short."""
+    words(songs / "noise.wav", "not sound")
+    words(songs / "noise.mp3", "not sound")
+    (songs / "empty.flac").touch()
+    write(songs / "short.wav", noise(0.05), 48_000)
+    for name in ("cut.wav", "cut.ogg"):
+        whole = write(songs / name, noise(2), 48_000).read_bytes()
+        (songs / name).write_bytes(whole[: len(whole) // 2])
+    bad = {"noise.wav", "noise.mp3", "empty.flac", "short.wav", "cut.wav", "cut.ogg"}
+    named = []
+    load = Checkpoint.load_vae
+    monkeypatch.setattr(Checkpoint, "load_vae", lambda *args, **kw: named.append(caplog.text) or load(*args, **kw))
+    assert preprocess(config).failed.keys() == bad
+    assert all(f"{name} is left out: " in named[0] for name in bad)
+
+
 def test_a_song_with_bad_words_and_a_bad_entry_are_named_and_the_rest_go_on(config, songs, caplog):
     words(songs / "a/one.json", '{"bpm": "fast"}')
     words(songs / "dataset.json", '[{"caption": "whose?"}]')
@@ -460,6 +533,13 @@ def test_a_song_with_bad_words_and_a_bad_entry_are_named_and_the_rest_go_on(conf
     assert len(read(config)[1]) == 2
     assert any(line.startswith("skipped a/one.wav: ") for line in summary.lines())
     assert "a/one.wav is left out: " in caplog.text
+
+
+def test_nothing_is_encoded_while_lines_of_songs_jsonl_cannot_be_read(config, songs, loads):
+    words(songs / "songs.jsonl", '{"audio": "a/one.wav", "caption": "new",}\n{"audio": "03 - three.wav"}\n[]\n')
+    with pytest.raises(UserError, match=r"songs\.jsonl line 1: is not JSON.*songs\.jsonl line 3: it must be an object"):
+        preprocess(config)
+    assert not loads
 
 
 def test_a_song_whose_condition_is_not_finite_is_named_and_the_rest_go_on(config, songs, monkeypatch):

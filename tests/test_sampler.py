@@ -12,6 +12,8 @@ from sidestep.data.sampler import (
     SongOrder,
     excerpt_length,
     excerpt_start,
+    reference_parts,
+    references_outside,
     window_at,
     window_frames,
     window_starts,
@@ -91,7 +93,9 @@ def test_excerpts_are_even_inside_the_song_and_no_longer_than_allowed(num_frames
         assert 0 <= start <= num_frames - length
 
 
-@pytest.mark.parametrize(("num_frames", "length"), [(6000, 1500), (1600, 1500), (5000, 250), (2999, 1500)])
+@pytest.mark.parametrize(
+    ("num_frames", "length"), [(6000, 1500), (1600, 1500), (2400, 1500), (5000, 250), (2999, 1500)]
+)
 def test_few_visits_already_see_all_of_a_song_evenly(num_frames, length):
     """Each frame as often as its share, up to twice that near the ends, and two visits more or less."""
     visits = 4 * (num_frames // length + 1)
@@ -100,9 +104,17 @@ def test_few_visits_already_see_all_of_a_song_evenly(num_frames, length):
         for visit in range(visits):
             start = excerpt_start(num_frames, length, seed=0, song=song, visit=visit)
             seen[start : start + length] += 1
-        share = visits * length / (num_frames + length)
+        margin = min(length, num_frames - length)
+        share = visits * margin / (num_frames - length + 2 * margin)
         assert seen.min() >= share - 2
         assert seen.max() <= 2 * share + 2 or num_frames < 2 * length  # of a short song, the middle is always seen
+
+
+@pytest.mark.parametrize("num_frames", [1600, 2400, 2900])
+def test_a_third_of_the_visits_to_a_short_song_begin_at_neither_of_its_ends(num_frames):
+    starts = [excerpt_start(num_frames, 1500, seed=0, song=1, visit=visit) for visit in range(900)]
+    at_ends = [starts.count(0), starts.count(num_frames - 1500)]
+    assert all(290 <= number <= 310 for number in at_ends)
 
 
 def test_another_song_or_seed_starts_elsewhere():
@@ -123,6 +135,26 @@ def test_an_excerpt_without_a_patch_is_refused(num_frames, max_seconds):
 )
 def test_windows_cover_a_song_to_its_end(num_frames, starts):
     assert window_starts(num_frames, 100) == starts
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_parts"), [(999, 0), (1000, 4), (2999, 4), (3000, 4), (6000, 8), (6749, 8), (6750, 9)]
+)
+def test_a_song_has_parts_of_30_s_or_four_of_at_least_10_s_to_refer_to(num_frames, num_parts):
+    parts = reference_parts(num_frames)
+    assert len(parts) == num_parts
+    assert [start for start, _ in parts[1:]] == [end for _, end in parts[:-1]]
+    assert all(end - start >= 250 and (end - start >= 750 or num_frames < 3000) for start, end in parts)
+    assert not parts or (parts[0][0], parts[-1][1]) == (0, num_frames)
+
+
+def test_a_reference_never_lies_in_the_excerpt():
+    for start in range(0, 3001, 125):
+        outside = references_outside(6000, start, 3000)
+        assert len(outside) >= 3
+        for begin, end in (reference_parts(6000)[number] for number in outside):
+            assert end <= start or begin >= start + 3000
+    assert references_outside(1500, 0, 1500) == []
 
 
 def test_windows_take_turns():

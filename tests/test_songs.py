@@ -104,10 +104,16 @@ def test_a_txt_without_keys_is_lyrics_alone(folder, text):
     assert (song.keyscale, song.language, song.bpm) == ("", "unknown", None)
 
 
-@pytest.mark.parametrize("key", ["C major", "f# minor", "Bb", "A-flat major", "Am", "D \u266d minor"])
-def test_a_txt_may_hold_nothing_but_the_key(folder, key):
+@pytest.mark.parametrize(
+    ("key", "spelt"),
+    [
+        ("C major", "C major"), ("f# minor", "F# minor"), ("Bb", "Bb major"), ("A-flat major", "Ab major"),
+        ("Am", "A minor"), ("D \u266d minor", "Db minor"),
+    ],
+)  # fmt: skip
+def test_a_txt_may_hold_nothing_but_the_key(folder, key, spelt):
     song = only_song(folder({"x.wav": "", "x.txt": f"key: {key}\n"}))
-    assert (song.keyscale, song.lyrics) == ({"Bb": "Bb major", "Am": "A minor"}.get(key, key), "")
+    assert (song.keyscale, song.lyrics) == (spelt, "")
 
 
 def test_only_what_can_be_a_keys_value_ends_the_lyrics(folder):
@@ -116,7 +122,37 @@ def test_only_what_can_be_a_keys_value_ends_the_lyrics(folder):
     assert (song.lyrics, song.bpm, song.keyscale) == ("la\nKey: to my heart\nLanguage: of love", 90, "")
 
 
-@pytest.mark.parametrize(("value", "bpm"), [("120 bpm", 120), ("119.6BPM", 120), (90.0, 90)])
+def test_a_mistake_in_a_txt_is_named_by_its_line(folder):
+    root = folder({"x.wav": "", "x.txt": "\ncaption: one\ntwo\nbpm: fast\nlyrics: la\n"})
+    assert f"{root / 'x.txt'} line 4: bpm must be" in read_songs(root).failed["x.wav"]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0.00", "000", "0,0", "-", "N/A", " "])
+def test_a_tempo_that_nobody_measured_is_none(folder, value):
+    assert only_song(folder({"x.wav": "", "x.json": {"bpm": value}})).bpm is None
+
+
+def test_only_the_value_that_counts_can_fail_a_song(folder):
+    root = folder(
+        {
+            "x.wav": "",
+            "x.json": {"bpm": 120},
+            "y.wav": "",
+            "y.json": {"bpm": "fast"},
+            "dataset.json": [{"filename": "x.wav", "bpm": "fast"}, {"filename": "y.wav", "bpm": 120}],
+        }
+    )
+    listing = read_songs(root)
+    assert [(song.name, song.bpm) for song in listing.songs] == [("x.wav", 120)]
+    assert list(listing.failed) == ["y.wav"]
+    (note,) = listing.notes
+    assert note.startswith("cannot be used, but something nearer to the song says it right: ")
+    assert "dataset.json entry 0 of x.wav: bpm must be" in note
+
+
+@pytest.mark.parametrize(
+    ("value", "bpm"), [("120 bpm", 120), ("119.6BPM", 120), (90.0, 90), ("128,00", 128), ("127,6 BPM", 128)]
+)
 def test_the_tempo_may_name_its_unit(folder, value, bpm):
     assert only_song(folder({"x.wav": "", "x.json": {"bpm": value}})).bpm == bpm
 

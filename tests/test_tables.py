@@ -82,6 +82,22 @@ def test_every_dialect_of_tables_gives_tempo_and_key(folder, tmp_path, name):
         assert (one.genre, two.genre) == ("House", "Deep House")
 
 
+def test_the_line_that_tells_excel_the_separator_is_no_head(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("sep=;\nFile name;BPM;Key\nOne Love.wav;128,00;8A\nOne Love.wav;90;\n")
+    listing = read_songs(folder(), metadata_file=tmp_path / "t.csv")
+    (song,) = [song for song in listing.songs if song.name == "One Love.wav"]
+    assert (song.bpm, song.keyscale) == (128, "A minor")
+    assert list(listing.failed) == [f"{tmp_path / 't.csv'} line 4"]
+
+
+def test_tables_that_a_named_one_replaces_are_noted(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("File,BPM\nOne Love.wav,128\n")
+    root = folder({"songs.jsonl": '{"audio": "One Love.wav", "bpm": 90}\n'})
+    assert read_songs(root, metadata_file=tmp_path / "t.csv").notes == [
+        f"metadata_file={tmp_path / 't.csv'} is read in the place of {root / 'songs.jsonl'}"
+    ]
+
+
 def test_columns_that_say_nothing_about_a_song_are_noted(folder, tmp_path):
     (tmp_path / "mik.csv").write_text(DIALECTS["mixed_in_key.csv"])
     assert read_songs(folder(), metadata_file=tmp_path / "mik.csv").notes == [
@@ -149,7 +165,8 @@ def test_a_table_that_is_none_is_refused_by_name(folder, content, message):
     [
         ("Am", "A minor"), ("F#", "F# major"), ("Bbm", "Bb minor"), ("Cmaj", "C major"), ("d min", "D minor"),
         ("E♭", "Eb major"), ("8A", "A minor"), ("08B", "C major"), ("1A", "Ab minor"), ("12B", "E major"),
-        ("1m", "A minor"), ("6d", "B major"), ("C major", "C major"), ("A Minor", "A Minor"), ("atonal", "atonal"),
+        ("1m", "A minor"), ("6d", "B major"), ("C major", "C major"), ("A Minor", "A minor"),
+        ("D-Flat MAJOR", "Db major"), ("atonal", "atonal"),
     ],
 )  # fmt: skip
 def test_keys_of_dj_programs_are_spelt_as_ace_step_does(written, spelt):
@@ -212,6 +229,33 @@ def test_everything_else_wins_over_tags_and_they_can_be_left_out(tagged):
     assert (song.caption, song.bpm, song.keyscale) == ("mine", 90, "")
 
 
+@pytest.mark.parametrize(
+    "frame", [TBPM(text="0.00"), TBPM(text="fast"), TIT2(text="a\x01b"), SYLT(lang="eng", format=2, type=1, text=[])]
+)
+def test_what_programs_left_in_tags_never_fails_a_song(tmp_path, frame):
+    write(tmp_path / "x.mp3", tone())
+    tags = ID3()
+    tags.add(frame)
+    tags.save(tmp_path / "x.mp3")
+    listing = read_songs(tmp_path)
+    (song,) = listing.songs
+    assert (song.caption, song.bpm, song.lyrics, listing.failed) == ("x", None, "", {})
+    noted = "tags inside the files that cannot be used, and are not: x.mp3: "
+    assert all(note.startswith(noted) for note in listing.notes)
+    assert bool(listing.notes) == (str(frame) in ("fast", "a\x01b"))
+
+
+def test_a_numbered_genre_is_a_name_and_syllables_are_put_together_to_lines(tmp_path):
+    write(tmp_path / "x.mp3", tone())
+    tags = ID3()
+    tags.add(TCON(text="(17)"))
+    syllables = [("\nHel", 0), ("lo ", 100), ("world", 200), ("\nNext", 900)]
+    tags.add(SYLT(lang="eng", format=2, type=1, text=syllables))
+    tags.save(tmp_path / "x.mp3")
+    song = words(tmp_path)["x.mp3"]
+    assert (song.genre, song.timed_lyrics) == ("Rock", [(0.0, "Hello world"), (0.9, "Next")])
+
+
 def test_without_mutagen_one_note_says_that_tags_are_not_read(tagged, monkeypatch):
     monkeypatch.setattr(songs_module, "can_read_tags", lambda: False)
     listing = read_songs(tagged)
@@ -228,6 +272,12 @@ def test_lrc_gives_lines_by_time_with_sections_and_repeats():
     ]  # fmt: skip
     assert parse_lrc("[offset:500]\n[00:01.00]a") == [(0.5, "a")]
     assert parse_lrc("[Verse]\nno times") is None
+    assert parse_lrc("[00:12,34]a\n[01:02:03]b") == [(12.34, "a"), (62.03, "b")]
+
+
+def test_a_time_in_a_line_or_two_makes_no_lyrics_with_times():
+    assert parse_lrc("[Verse]\nFirst line\nSecond line\n[1:30] guitar solo\n[Chorus]\nla la") is None
+    assert parse_lrc("[Verse]\n[00:01]one\n[00:02]two\nthree") is not None
 
 
 def test_sections_in_metadata_give_lines_by_time():
@@ -323,6 +373,22 @@ def test_edits_are_shown_and_not_written_until_asked(folder, capsys):
     list_songs(songs_config(f"audio_dir={root}", "remove_tag=mystyle", "write=true"))
     assert not any(song.custom_tag for song in words(root).values())
     assert "mystyle" in (root / "songs.jsonl.bak").read_text()
+    list_songs(songs_config(f"audio_dir={root}", "write=true"))
+    assert "mystyle" in (root / "songs.jsonl.bak").read_text()
+    assert "mystyle" not in (root / "songs.jsonl.bak2").read_text()
+
+
+def test_the_tag_of_a_whole_dataset_json_can_be_removed(folder, capsys):
+    content = {"metadata": {"custom_tag": "foo"}, "samples": [{"filename": "One Love.wav", "caption": "c"}]}
+    root = folder({"dataset.json": json.dumps(content)})
+    list_songs(songs_config(f"audio_dir={root}", "remove_tag=foo", "write=true"))
+    assert not any(song.custom_tag for song in words(root).values())
+
+
+def test_the_list_shows_whatever_a_song_has(folder, capsys):
+    values = {"caption": "c", "lyrics": "la", "language": "en", "custom_tag": "zyx", "repeat": 3, "weight": 0.5}
+    list_songs(songs_config(f"audio_dir={folder({'One Love.json': json.dumps(values)})}"))
+    assert "One Love.wav: c (sidecar) | 1 lines | en | tag zyx | repeat 3 | weight 0.5\n" in capsys.readouterr().out
 
 
 def test_missing_values_are_filled_from_file_tags(tagged):
@@ -331,6 +397,16 @@ def test_missing_values_are_filled_from_file_tags(tagged):
     list_songs(songs_config(f"audio_dir={tagged}", "fill=true", "write=true"))
     song = words(tagged)["id3.mp3"]
     assert (song.caption, song.bpm, song.keyscale, len(song.timed_lyrics)) == ("id3", 128, "A minor", 2)
+
+
+def test_an_instrumental_stays_one_when_values_are_filled(tagged):
+    (tagged / "id3.json").write_text('{"is_instrumental": true}')
+    list_songs(songs_config(f"audio_dir={tagged}", "write=true"))
+    list_songs(songs_config(f"audio_dir={tagged}", "fill=true", "write=true"))
+    songs = words(tagged)
+    assert (songs["id3.mp3"].lyrics, songs["vorbis.flac"].lyrics) == ("", "la\nli")
+    lines = [json.loads(line) for line in (tagged / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["audio"] for line in lines if "is_instrumental" in line] == ["id3.mp3"]
 
 
 def test_nothing_is_written_over_words_that_cannot_be_read(folder, capsys):

@@ -74,6 +74,32 @@ def encode_condition(
     return condition[mask]
 
 
+@torch.no_grad()
+def encode_reference(latents: Tensor, condition_encoder: Any) -> Tensor:
+    """Encode reference audio alone; its token does not depend on the texts beside it.
+
+    Args:
+        latents: whose first 30 seconds are the reference audio, (S, 64).
+        condition_encoder: diffusers' ``AceStepConditionEncoder``.
+
+    Returns:
+        Its token, (1, D).
+    """
+    weight = condition_encoder.text_projector.weight
+    width = weight.shape[1]
+    nothing = torch.zeros(1, 1, width).to(weight)
+    valid = torch.ones(1, 1, dtype=torch.bool, device=weight.device)
+    condition, _ = condition_encoder(
+        text_hidden_states=nothing,
+        text_attention_mask=valid,
+        lyric_hidden_states=nothing,
+        lyric_attention_mask=valid,
+        refer_audio_acoustic_hidden_states_packed=latents[None, :REFERENCE_FRAMES].to(weight),
+        refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=weight.device),
+    )
+    return condition[0, 1:2]  # between the lyrics and the text
+
+
 def _all_valid(ids: Tensor, like: Tensor) -> Tensor:
     # bool, because masks in bf16 are summed in bf16 and lose tokens past 256
     return torch.ones(ids.shape, dtype=torch.bool, device=like.device)

@@ -60,10 +60,25 @@ class LoraConfig(LowRankConfig):
         if self.rank_pattern_file is not None:
             if self.rank_pattern:
                 raise UserError("adapter.rank_pattern_file already says what adapter.rank_pattern would; leave one out")
-            self.rank_pattern = read_rank_pattern(Path(self.rank_pattern_file))
+            self._read_rank_pattern(Path(self.rank_pattern_file))
             self.rank_pattern_file = None  # what counts is what it says
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, (int,))
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, (int, float))
+
+    def _read_rank_pattern(self, path: Path) -> None:
+        """Take the ranks of a file, if it was made for the same modules and budget."""
+        content = read_rank_pattern(path)
+        self.rank_pattern = content["rank_pattern"]
+        for key in ("rank", "target_modules"):
+            own, made = getattr(self, key), content.get(key, getattr(self, key))
+            if sorted(own) != sorted(map(str, made)) if isinstance(made, list) else own != made:
+                typed = f"[{','.join(map(str, made))}]" if isinstance(made, list) else made
+                raise UserError(
+                    f"adapter.rank_pattern_file={path} was made with {key}={typed}, and adapter.{key} is {own}; "
+                    f"type adapter.{key}={typed}, or run python -m sidestep.analyze again"
+                )
+        about = content.get("about")
+        self.analyzed_for = about.get("model_variant") if isinstance(about, dict) else None
 
     def rank_of(self, original_path: str) -> int:
         """Return the rank of one module."""
@@ -251,8 +266,8 @@ def peft_targets(config: AdapterConfig, paths: Mapping[str, Any]) -> list[str]:
     return sorted(paths)
 
 
-def read_rank_pattern(path: Path) -> Any:
-    """Read the ranks that ``python -m sidestep.analyze`` wrote.
+def read_rank_pattern(path: Path) -> dict[str, Any]:
+    """Read the file of ranks that ``python -m sidestep.analyze`` wrote.
 
     Raises:
         UserError: if the file is none of its.
@@ -267,7 +282,7 @@ def read_rank_pattern(path: Path) -> Any:
         raise UserError(
             f"adapter.rank_pattern_file={path} has no rank_pattern; make one with python -m sidestep.analyze"
         )
-    return content["rank_pattern"]
+    return content
 
 
 def _pattern(setting: str, value: Any, kinds: tuple[type, ...]) -> dict[str, Any]:

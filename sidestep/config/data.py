@@ -37,7 +37,7 @@ class PromptShares:
 
     def __post_init__(self) -> None:
         for key, share in self.given().items():
-            if share < 0:
+            if not 0 <= share < float("inf"):
                 raise UserError(f"data.prompts.{key}={share:g} must be at least 0")
 
     def given(self) -> dict[str, float]:
@@ -60,7 +60,7 @@ class DataConfig:
     prior_weight: float = 1.0
     """What the loss of songs of prior_dataset_dir is multiplied by."""
     allow_leaked_reference: bool = False
-    """Train on tensors of ACE-Step's preprocess_mode=lokr, whose reference is the song itself."""
+    """Train on datasets whose reference audio is the song itself, such as those of ACE-Step's preprocess_mode=lokr."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lyrics_dropout <= 1:

@@ -277,6 +277,11 @@ class TrainConfig:
             )
         if self.resume is Resume.never and self.resume_from is not None:
             raise UserError(f"resume=never contradicts resume_from={self.resume_from}; leave one of them out")
+        if self.adapter.analyzed_for not in (None, self.model_variant.name):
+            raise UserError(
+                f"adapter.rank_pattern_file was made for model_variant={self.adapter.analyzed_for}, not "
+                f"{self.model_variant.name}; run python -m sidestep.analyze model_variant={self.model_variant.name} ..."
+            )
         if self.data.prior_weight != 1 and self.prior_dataset_dir is None:
             raise UserError(f"data.prior_weight={self.data.prior_weight:g} has no effect without prior_dataset_dir=...")
         one_line(self, "name", "checkpoint_dir", "dataset_dir")
@@ -320,7 +325,7 @@ class PreprocessConfig:
     max_song_seconds: float | None = None
     """Read no more than this much of each song; null reads all of it."""
     reference: str = "silence"
-    """Reference audio: silence, as where inference is given none; song, the song itself; or an audio file for all."""
+    """Reference audio: silence, as where inference is given none; song, its other parts; or an audio file for all."""
     window_seconds: float | None = None
     """Cut longer songs into windows, each with its own duration and, where lyrics carry times, its own lyrics."""
     tile_seconds: float = MISSING

@@ -97,6 +97,24 @@ def read_audio(path: Path, max_seconds: float | None = None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(samples.T))
 
 
+def probe_audio(path: Path, max_seconds: float | None = None) -> None:
+    """Look at the header of a song and decode its beginning, which finds most files that cannot be decoded.
+
+    Raises:
+        UserError: as :func:`read_audio` does.
+    """
+    read_audio(path, min(0.5, max_seconds or 0.5))
+    try:
+        with soundfile.SoundFile(path) as file:
+            promised = _promised_frames(file)
+            wanted = promised if max_seconds is None else min(promised, round(max_seconds * file.samplerate))
+            _refuse_if_short(path, file.frames, wanted, file.samplerate)
+            if file.format == "OGG" and wanted == promised:
+                _refuse_without_last_page(path, file.frames / file.samplerate)
+    except (OSError, soundfile.LibsndfileError):
+        return  # it is for PyAV, which just read it
+
+
 def peak(audio: Tensor) -> float:
     """Give the largest magnitude of a song; below :data:`SILENT_PEAK` it is silent."""
     return audio.abs().max().item()
@@ -116,8 +134,8 @@ def _decode(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:
         wanted = promised if max_seconds is None else min(promised, round(max_seconds * rate))
         samples: _Samples = file.read(wanted, dtype="float32", always_2d=True)
     _refuse_if_short(path, len(samples), wanted, rate)
-    if file.format == "OGG" and wanted == promised and not _has_last_page(path):
-        raise UserError(f"{path} ends early, after {len(samples) / rate:.1f} s; copy it again or export it again")
+    if file.format == "OGG" and wanted == promised:
+        _refuse_without_last_page(path, len(samples) / rate)
     return samples, rate
 
 
@@ -136,13 +154,14 @@ def _promised_frames(file: soundfile.SoundFile) -> int:
     return max(frames, round(frames * int(sizes[1]) / max(1, int(sizes[2]))))
 
 
-def _has_last_page(path: Path) -> bool:
-    """Say whether an Ogg file ends in a whole page that is marked as the last (RFC 3533, section 6)."""
+def _refuse_without_last_page(path: Path, seconds: float) -> None:
+    """Refuse an Ogg file that does not end in a whole page that is marked as the last (RFC 3533, section 6)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65_307))  # the longest page there is
         tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
-    return len(page) > 27 and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
+    if not (len(page) > 27 and page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])):
+        raise UserError(f"{path} ends early, after {seconds:.1f} s; copy it again or export it again")
 
 
 def _decode_with_ffmpeg(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:

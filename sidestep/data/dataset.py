@@ -9,6 +9,7 @@ import bisect
 import copy
 import hashlib
 import itertools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ from torch.utils.data import Dataset
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
 from sidestep.data.checks import Checkable, check_files
 from sidestep.data.legacy import LegacySongs, holds_tensor_files
-from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
+from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest, uncollected
 from sidestep.data.sampler import (
     FRAMES_PER_SECOND,
     PATCH_FRAMES,
     SongOrder,
     excerpt_length,
     excerpt_start,
+    reference_parts,
+    references_outside,
     window_at,
     window_frames,
     window_starts,
@@ -39,6 +42,8 @@ from sidestep.data.sampler import (
 from sidestep.errors import UserError
 from sidestep.files import ensure_readable
 from sidestep.seeds import derive_seed
+
+log = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 64
 
@@ -98,18 +103,24 @@ class SongFolder(Checkable, Protocol):
     def latents(self, index: int, start: int, length: int) -> Tensor:
         """Read ``length`` frames of a song: (length, C), of any float dtype."""
 
-    def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
+    def condition(
+        self, index: int, prompt: str, *, window: int | None, sings: bool, reference: int | None = None
+    ) -> Tensor:
         """Read a condition of a song, (L, D); the arguments are those of :func:`condition_keys`."""
 
 
 class StoredSongs:
     """What ``python -m sidestep.preprocess`` wrote.
 
+    Args:
+        folder: where.
+        allow_leaks: take songs whose reference audio is the whole song itself.
+
     Raises:
-        UserError: if the folder is not a dataset, or a file it names is missing.
+        UserError: if the folder is not a dataset, a file it names is missing, or the reference is the song itself.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, allow_leaks: bool = False) -> None:
         self.folder = folder
         self.info, self.songs = read_manifest(folder)
         found = {f"{entry.name}/{name}" for entry in os.scandir(folder) if entry.is_dir() for name in os.listdir(entry)}
@@ -120,6 +131,13 @@ class StoredSongs:
         if short := [song for song in self.songs if song.num_frames < PATCH_FRAMES]:
             found_frames = f"{short[0].num_frames} frames; a song needs {PATCH_FRAMES}"
             raise UserError(f"{short[0].audio} in {folder} has {found_frames}")
+        if self.info.settings.get("reference") == "song" and not allow_leaks:
+            for song in self.songs:
+                if song.num_references != len(reference_parts(song.num_frames)):
+                    raise UserError(
+                        f"dataset_dir={folder}: the reference audio of {song.audio} is the song itself, so that a run "
+                        f"learns to copy it; {AGAIN}, which stores its parts one by one"
+                    )
 
     def latents(self, index: int, start: int, length: int) -> Tensor:
         song = self.songs[index]
@@ -131,13 +149,16 @@ class StoredSongs:
             )
         return latents
 
-    def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
+    def condition(
+        self, index: int, prompt: str, *, window: int | None, sings: bool, reference: int | None = None
+    ) -> Tensor:
         song = self.songs[index]
-        return torch.cat(self._parts(song, condition_keys(song, prompt, window=window, sings=sings)))
+        keys = condition_keys(song, prompt, window=window, sings=sings, reference=reference)
+        return torch.cat(self._parts(song, keys))
 
     def files(self, index: int) -> dict[str, str]:
         song = self.songs[index]
-        about = (song.prompts, song.is_instrumental, song.is_timed, song.num_frames)
+        about = (song.prompts, song.is_instrumental, song.is_timed, song.num_frames, song.num_references)
         parts = f"{about} {self.info.settings.get('window_seconds')} {self.info.condition_width} {self.info.format}"
         return {song.latents: f"{song.num_frames} frames", song.conditions: parts}
 
@@ -157,6 +178,8 @@ class StoredSongs:
             for sings in (True, False)
             for key in condition_keys(song, prompt, window=window, sings=sings)
         }
+        for reference in range(song.num_references):
+            keys |= set(condition_keys(song, song.prompt, window=None, sings=False, reference=reference))
         self._parts(song, sorted(keys))
 
     def _parts(self, song: SongRecord, keys: Sequence[str]) -> list[Tensor]:
@@ -195,6 +218,8 @@ class Draw(NamedTuple):
     """Which of the song's windows this is, or None."""
     sings: bool
     """False where the lyrics are left out."""
+    reference: int | None
+    """Which part of the song is its reference audio, or None."""
 
 
 class SongDataset(Dataset[Example]):
@@ -214,6 +239,7 @@ class SongDataset(Dataset[Example]):
         UserError: if a folder is not a dataset, a file it names is missing, or ``config`` asks for what it has not.
     """
 
+    @uncollected()
     def __init__(
         self,
         folder: Path,
@@ -239,6 +265,7 @@ class SongDataset(Dataset[Example]):
         self.songs = [source.songs[index] for source, index in self._places]
         """Those of the prior dataset last."""
         self._check_config()
+        self._note_missing_references()
         self._make_orders()
 
     def _make_orders(self) -> None:
@@ -255,6 +282,11 @@ class SongDataset(Dataset[Example]):
     def own_songs(self) -> list[SongRecord]:
         """The songs without those of the prior dataset; their numbers are the same."""
         return self.songs[: self._num_own]
+
+    @property
+    def prior_songs(self) -> list[SongRecord]:
+        """The songs of the prior dataset."""
+        return self.songs[self._num_own :]
 
     @property
     def sources(self) -> list[SongFolder]:
@@ -299,7 +331,9 @@ class SongDataset(Dataset[Example]):
 
     def __getitem__(self, position: int) -> Example:
         draw = self.draw(position)
-        return self.excerpt(*draw[:3], prompt=draw.prompt, window=draw.window, sings=draw.sings)
+        return self.excerpt(
+            *draw[:3], prompt=draw.prompt, window=draw.window, sings=draw.sings, reference=draw.reference
+        )
 
     def excerpt(
         self,
@@ -310,6 +344,7 @@ class SongDataset(Dataset[Example]):
         prompt: str | None = None,
         window: int | None = None,
         sings: bool = True,
+        reference: int | None = None,
     ) -> Example:
         """Read ``length`` frames of one song from frame ``start`` on.
 
@@ -320,13 +355,37 @@ class SongDataset(Dataset[Example]):
             prompt: which of its texts; None takes the one that preprocessing chose.
             window: one of its windows, whose words are told instead of the whole song's.
             sings: False leaves the lyrics out.
+            reference: which part of the song is its reference audio; None takes the first outside of the excerpt.
         """
         source, index = self._places[number]
         song = self.songs[number]
-        condition = source.condition(index, prompt or song.prompt, window=window, sings=sings)
+        if reference is None:
+            reference = next(iter(self._references(song, start, length)), None)
+        condition = source.condition(index, prompt or song.prompt, window=window, sings=sings, reference=reference)
         latents = source.latents(index, start, length).float()
         weight = song.weight * (self.config.prior_weight if number >= self._num_own else 1)
         return Example(number, latents, condition, weight)
+
+    def excerpt_at(self, number: int, seconds: float, place: int) -> Example:
+        """Read a part of a song that depends on nothing but what is given, whatever a run draws.
+
+        Where preprocessing made windows, it lies in one of them and is told what is sung there.
+
+        Args:
+            number: of the song.
+            seconds: longest excerpt.
+            place: any number of at least 0; decides where the part lies.
+        """
+        song = self.songs[number]
+        made_with = self._places[number][0].info.settings.get("window_seconds")
+        begin, available, window = 0, song.num_frames, None
+        if made_with is not None and song.num_frames > window_frames(made_with):
+            available = window_frames(made_with)
+            starts = window_starts(song.num_frames, available)
+            place, window = divmod(place, len(starts))
+            begin = starts[window]
+        length = excerpt_length(available, seconds)
+        return self.excerpt(number, begin + place % (available - length + 1), length, window=window)
 
     def draw(self, position: int) -> Draw:
         """Decide what lies at a position: the song, the excerpt, and its words."""
@@ -342,7 +401,25 @@ class SongDataset(Dataset[Example]):
         sings = self._uniform("lyrics", position) >= self.config.lyrics_dropout
         if length < song.num_frames - 1 and not (window is not None and song.is_timed):
             sings = sings and self.config.excerpt_lyrics is ExcerptLyrics.full
-        return Draw(number, start, length, self._prompt(song, position), window, sings)
+        parts = self._references(song, start, length)
+        reference = parts[derive_seed(self.seed, "reference", position) % len(parts)] if parts else None
+        return Draw(number, start, length, self._prompt(song, position), window, sings, reference)
+
+    def _references(self, song: SongRecord, start: int, length: int) -> list[int]:
+        return references_outside(song.num_frames, start, length) if song.num_references else []
+
+    def _note_missing_references(self) -> None:
+        """Say for how many songs an excerpt leaves nothing to refer to."""
+        own = [
+            song for source in self.sources if source.info.settings.get("reference") == "song" for song in source.songs
+        ]
+        if without := [song for song in own if not self._references(song, 0, self._length(song))]:
+            log.warning(
+                "the reference audio of %d of %d songs is silence, as excerpts of up to %g s leave no part of them",
+                len(without),
+                len(own),
+                max(map(self._length, without)) / FRAMES_PER_SECOND,
+            )
 
     def _visit(self, position: int) -> tuple[int, int]:
         if self._prior_order is None:
@@ -411,8 +488,11 @@ class SongDataset(Dataset[Example]):
                         f"{source.folder} holds one condition per song, with its lyrics; leave data.lyrics_dropout and "
                         f"data.excerpt_lyrics out, or make a dataset with python -m sidestep.preprocess"
                     )
-        for prompt in self.config.prompts.given():
-            if not any(prompt in song.prompts for song in self.songs):
+        shares = self.config.prompts.given()
+        if shares and any(song.prompt != "caption" for song in self.own_songs):
+            log.warning("data.prompts decides which text is told, so genre_ratio and prompt_override of songs do not")
+        for prompt in shares:
+            if not any(prompt in song.prompts for song in self.own_songs):
                 have = "custom_tag" if prompt == "tag" else prompt
                 raise UserError(f"data.prompts.{prompt}: no song of dataset_dir={self.folder} has a {have}")
 
@@ -425,12 +505,12 @@ def open_songs(folder: Path, *, allow_leaks: bool = False) -> SongFolder:
     """
     if not (folder / INFO).is_file() and holds_tensor_files(folder):
         return LegacySongs(folder, allow_leaks=allow_leaks)
-    return StoredSongs(folder)
+    return StoredSongs(folder, allow_leaks=allow_leaks)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite; the sum of most tensors tells, in a tenth of the time."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    """Whether all values are finite; the sum of most tensors tells, in a thirtieth of the time."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # finite values may have an infinite sum
 
 
 def _either(values: set[float | None]) -> str:
@@ -461,8 +541,8 @@ def collate(examples: list[Example]) -> Batch:
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     if len(rows) == 1:
         return rows[0][None], None
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(rows), None
     lengths = torch.tensor([len(row) for row in rows])
     padded = pad_sequence(rows, batch_first=True)
-    if (lengths == lengths[0]).all():
-        return padded, None
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]

@@ -6,6 +6,7 @@ appears only when complete, so a run that was stopped goes on where it was, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -13,9 +14,9 @@ import itertools
 import json
 import logging
 import math
-import re
-import shlex
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,18 +32,27 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sidestep
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
-from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, tokenize
+from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, encode_reference, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
-from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, read_audio
+from sidestep.config.typed import as_typed
+from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_audio
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
-from sidestep.data.sampler import FRAMES_PER_SECOND, window_frames, window_starts
+from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
 from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
 from sidestep.data.songs import SongList, printable, read_songs
 from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import alone_in, describe, ensure_readable, remove_abandoned, sha256_of, write_tensors
+from sidestep.files import (
+    alone_in,
+    describe,
+    ensure_readable,
+    remove_abandoned,
+    sha256_of,
+    write_tensors,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from sidestep.config.settings import PreprocessConfig
@@ -50,7 +60,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATENTS, CONDITIONS = "latents", "conditions"
+HASHES = ".audio_hashes.json"
+"""What the audio files hashed to, so that the same command again need not read them: path -> size, time, hash."""
 _REFERENCE = "<reference>"
+_SETTLED_NS = 3_000_000_000  # some file systems count in steps of 2 s; a file changed since is read again
 OVERLAP_FRAMES = 2 * FRAMES_PER_SECOND  # far more than the 0.3 s that one latent frame of the VAE hears on each side
 
 
@@ -99,7 +112,7 @@ class PreprocessSummary:
         settings = {"dataset_dir": self.dataset_dir, "model_variant": self.model_variant, "adapter": "lokr"}
         if self.checkpoint_dir != "checkpoints":
             settings["checkpoint_dir"] = self.checkpoint_dir
-        typed = " ".join(_as_typed(key, str(value)) for key, value in settings.items())
+        typed = " ".join(as_typed(key, str(value)) for key, value in settings.items())
         return [*lines, f"next: python -m sidestep.train {typed}"]
 
     def __str__(self) -> str:
@@ -141,6 +154,9 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         language=config.language,
         file_tags=config.file_tags,
     )
+    if listing.lost:
+        told = "; ".join(f"{printable(where)}: {printable(reason)}" for where, reason in listing.lost.items())
+        raise UserError(f"{told}; mend it first, since some songs would be told old words in the place of these")
     folder = Path(config.dataset_dir)
     _make_folders(folder)
     if config.shard is not None and config.num_shards is not None:
@@ -220,7 +236,7 @@ def _update(
     if _REFERENCE in summary.failed:
         raise UserError(f"reference={config.reference} cannot be used: {summary.failed[_REFERENCE]}")
     reference = latents.pop(_REFERENCE, None)
-    references = latents if config.reference == "song" else dict.fromkeys(latents, reference)
+    imitated = latents if config.reference == "song" else {}
     about_latents = {name: _about_latents(file) for name, file in latents.items()}
     num_frames = {name: frames for name, (frames, _) in about_latents.items()}
 
@@ -228,13 +244,13 @@ def _update(
     prompts = _write_prompts(songs, num_frames, listing.tag_position, config.window_seconds)
     silence = checkpoint.silence()[:REFERENCE_FRAMES]
     encoders = [fingerprints["text_encoder"], fingerprints["condition_encoder"], _hash_of(silence), str(dtype)]
+    sources = {name: [imitated[name].name, "in parts"] if name in imitated else _names(reference) for name in prompts}
     conditions = {
-        name: folder
-        / CONDITIONS
-        / f"{_key(prompt.texts, prompt.lyrics, encoders, *_names(references[name]))}.safetensors"
+        name: folder / CONDITIONS / f"{_key(prompt.texts, prompt.lyrics, encoders, *sources[name])}.safetensors"
         for name, prompt in prompts.items()
     }
-    _encode_prompts(checkpoint, prompts, conditions, references, silence, device, dtype, summary)
+    sound = silence if reference is None else reference_frames(load_file(reference)["latents"])
+    _encode_prompts(checkpoint, prompts, conditions, sound, imitated, device, dtype, summary)
     about_conditions = {name: _about_conditions(file) for name, file in conditions.items()}
 
     songs = [song for song in songs if song.name in conditions]
@@ -256,6 +272,8 @@ def _update(
         _record(song, prompts[song.name], latents[song.name], conditions[song.name], num_frames[song.name])
         for song in songs
     ]
+    for record in records if imitated else ():
+        record.num_references = len(reference_parts(record.num_frames))
     write(info, records)
 
     summary.unchanged = {song.name for song in songs} - summary.changed
@@ -343,18 +361,15 @@ def _encode_songs(
     summary: PreprocessSummary,
 ) -> dict[str, Path]:
     """Encode the audio that was not encoded before; return the latents file of every song that has one."""
+    hashes, hashed = _hash_audio(songs, summary)
     files: dict[str, Path] = {}
-    hashed: dict[str, tuple[int, int]] = {}
-    for song in songs:
-        try:
-            hashed[song.name] = _version(song.path)
-            key = _key(sha256_of(song.path), config.max_song_seconds, vae_fingerprint, config.seed)
-        except OSError as error:
-            summary.failed[song.name] = f"{song.path} cannot be read: {error}"
-            continue
-        files[song.name] = summary.dataset_dir / LATENTS / f"{key}.safetensors"
+    for name, digest in hashes.items():
+        key = _key(digest, config.max_song_seconds, vae_fingerprint, config.seed)
+        files[name] = summary.dataset_dir / LATENTS / f"{key}.safetensors"
     paths = {song.name: song.path for song in songs}
     todo = {name: paths[name] for name, file in files.items() if not _is_usable(file, _about_latents)}
+    for name in _refuse_at_once(todo, config.max_song_seconds, summary):
+        del files[name], todo[name]
     if todo:
         vae = checkpoint.load_vae(device=device, dtype=torch.float32)
         done: set[Path] = set()
@@ -380,6 +395,50 @@ def _encode_songs(
         del vae
         _free_memory(device)
     return files
+
+
+def _hash_audio(songs: list[Song], summary: PreprocessSummary) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Hash the audio files, by name of the song, and say which version of each was hashed; unread if unchanged."""
+    file = summary.dataset_dir / HASHES
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    kept, hashes, versions = dict(known), {}, {}
+    for song in songs:
+        where = os.path.abspath(song.path)
+        try:
+            version = _version(song.path)
+            before = known.get(where)
+            if isinstance(before, list) and before[:2] == [*version] and len(before) == 3:
+                digest = str(before[2])
+            else:
+                digest = sha256_of(song.path)
+        except OSError as error:
+            summary.failed[song.name] = f"{song.path} cannot be read: {error}"
+            continue
+        hashes[song.name], versions[song.name] = digest, version
+        if time.time_ns() - version[1] > _SETTLED_NS:
+            kept[where] = [*version, digest]
+    if kept != known:
+        with contextlib.suppress(OSError):  # it only saves time; what cannot be written is said where it matters
+            write_text(file, json.dumps(kept) + "\n")
+    return hashes, versions
+
+
+def _refuse_at_once(songs: Mapping[str, Path], max_seconds: float | None, summary: PreprocessSummary) -> list[str]:
+    """Find songs that cannot be decoded before any is encoded, which may take hours; return their names."""
+    refused = []
+    for name, path in songs.items():
+        try:
+            probe_audio(path, max_seconds)
+        except UserError as error:
+            summary.failed[name] = str(error)
+            refused.append(name)
+            if name != _REFERENCE:
+                log.warning("%s is left out: %s", printable(name), printable(str(error)))
+    return refused
 
 
 def _version(path: Path) -> tuple[int, int]:
@@ -442,13 +501,24 @@ def _encode_prompts(
     checkpoint: Checkpoint,
     prompts: dict[str, _Prompts],
     files: dict[str, Path],
-    references: Mapping[str, Path | None],
-    silence: Tensor,
+    reference: Tensor,
+    imitated: Mapping[str, Path],
     device: torch.device,
     dtype: torch.dtype,
     summary: PreprocessSummary,
 ) -> None:
-    """Encode the words that were not encoded before; take songs whose condition is of no use out of ``files``."""
+    """Encode the words that were not encoded before; take songs whose condition is of no use out of ``files``.
+
+    Args:
+        checkpoint: of the encoders.
+        prompts: of each song.
+        files: where its condition belongs.
+        reference: latents of the reference audio of all songs, (750, 64).
+        imitated: latents of songs whose parts are reference audio besides.
+        device: of the encoders.
+        dtype: of the encoders.
+        summary: gets what was encoded and what failed.
+    """
     todo = [name for name, file in files.items() if not _is_usable(file, _about_conditions)]
     if not todo:
         return
@@ -462,11 +532,12 @@ def _encode_prompts(
             cuts |= {key: cut} if cut else {}
             return tokens
 
-        texts = {key: ids(key, text, MAX_TEXT_TOKENS) for key, text in prompts[name].texts.items()}
-        lyrics = {key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items()}
+        same = _first_keys(prompts[name].texts) | _first_keys(prompts[name].lyrics)
+        texts = {key: ids(key, text, MAX_TEXT_TOKENS) for key, text in prompts[name].texts.items() if same[key] == key}
+        lyrics = {
+            key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items() if same[key] == key
+        }
         parts: dict[str, Tensor] = {}
-        file = references[name]
-        reference = silence if file is None else reference_frames(load_file(file)["latents"])
         # lyrics, reference and text do not see each other, so that any pair will do
         for (text, text_ids), (lyric, lyric_ids) in _pairs(texts, lyrics):
             condition = encode_condition(
@@ -475,6 +546,12 @@ def _encode_prompts(
             num_lyrics = lyric_ids.shape[1]
             parts[lyric], parts["reference"] = condition[:num_lyrics], condition[num_lyrics : num_lyrics + 1]
             parts[text] = condition[num_lyrics + 1 :]
+        parts |= {key: parts[first].clone() for key, first in same.items() if key != first}
+        if name in imitated:
+            latents = load_file(imitated[name])["latents"]
+            for number, (begin, end) in enumerate(reference_parts(len(latents))):
+                own = reference_frames(latents[begin:end])
+                parts[f"reference.{number}"] = encode_reference(own, condition_encoder)
         parts = {key: part.cpu().contiguous() for key, part in parts.items()}
         if not all(part.isfinite().all() for part in parts.values()):
             summary.failed[name] = f"the condition of {name} is not finite in {dtype}; use precision=fp32"
@@ -486,6 +563,12 @@ def _encode_prompts(
         summary.changed.add(name)
     del text_encoder, condition_encoder
     _free_memory(device)
+
+
+def _first_keys(prompts: Mapping[str, str]) -> dict[str, str]:
+    """Key -> the first key that has the same prompt, which need not be encoded twice."""
+    first: dict[str, str] = {}
+    return {key: first.setdefault(prompt, key) for key, prompt in prompts.items()}
 
 
 def _pairs(texts: dict[str, Tensor], lyrics: dict[str, Tensor]) -> Iterator[Any]:
@@ -626,11 +709,3 @@ def _with_progress(names: list[str], what: str) -> Iterator[str]:
         for name in bar:
             bar.set_postfix_str(name)
             yield name
-
-
-def _as_typed(key: str, value: str) -> str:
-    """Write a setting so that the shell, and Hydra behind it, read it back."""
-    if not re.fullmatch(r"(\.{0,2}/|[A-Za-z_])[\w./-]*", value, re.ASCII):
-        escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
-        value = f'"{escaped}"'
-    return shlex.quote(f"{key}={value}")

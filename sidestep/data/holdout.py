@@ -13,8 +13,12 @@ from sidestep.seeds import derive_seed
 
 
 def content_id(song: SongRecord) -> str:
-    """What tells a song from others by its sound: the hash that preprocessing named its latents after."""
-    return PurePosixPath(song.latents).stem
+    """What tells a song from others by its sound: the hash that preprocessing named its latents after.
+
+    Tensor files of other trainers have none, so it is their path.
+    """
+    path = PurePosixPath(song.latents)
+    return path.with_suffix("").as_posix() if path.suffix == ".pt" else path.stem
 
 
 def place_of(song: SongRecord) -> float:
@@ -22,17 +26,24 @@ def place_of(song: SongRecord) -> float:
     return derive_seed(0, f"held out {content_id(song)}") / 2**63
 
 
-def hold_out(songs: Sequence[SongRecord], config: ValidationConfig) -> tuple[list[int], list[int]]:
+def hold_out(
+    songs: Sequence[SongRecord], config: ValidationConfig, others: Sequence[SongRecord] = ()
+) -> tuple[list[int], list[int]]:
     """Split songs into those to train on and those held out.
 
     The same sound is never on both sides. With ``fraction``, a song stays on its side whatever is added, but for the
     one song that is held out where none would be.
 
+    Args:
+        songs: to split.
+        config: how.
+        others: songs that are trained on in any case.
+
     Returns:
         Their numbers: to train on, and held out; in the order of ``songs``.
 
     Raises:
-        UserError: if a name matches no song, or nothing is left to train on.
+        UserError: if a name matches no song, nothing is left to train on, or one of ``others`` is held out.
     """
     if config.songs:
         for name in config.songs:
@@ -46,6 +57,11 @@ def hold_out(songs: Sequence[SongRecord], config: ValidationConfig) -> tuple[lis
         named = {content_id(song) for song in songs if place_of(song) < config.fraction} or {content_id(first)}
     else:
         named = set()
+    if both := [song.audio for song in others if content_id(song) in named]:
+        raise UserError(
+            f"validation holds out {both[0]}, which prior_dataset_dir also has, so that it would be trained on; "
+            f"take it out of one of the two datasets"
+        )
     held_out = [number for number, song in enumerate(songs) if content_id(song) in named]
     if len(held_out) == len(songs):
         raise UserError(

@@ -10,6 +10,7 @@ Their padding is cropped by their masks. Their context is not read: it is silenc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidestep.config.typed import as_typed
 from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord
 from sidestep.errors import UserError
 
@@ -34,7 +36,12 @@ TENSORS = {"target_latents": 2, "attention_mask": 1, "encoder_hidden_states": 2,
 
 def holds_tensor_files(folder: Path) -> bool:
     """Whether a folder looks like the output of ACE-Step's or Side-Step's preprocessing."""
-    return folder.is_dir() and any(_is_sample(path) for path in folder.glob("*.pt"))
+    if not folder.is_dir():
+        return False
+    try:
+        return any(name.endswith(".pt") for name in _sample_names(folder))
+    except UserError:  # what calls itself manifest.json may be anything, where no tensor files lie beside it
+        return any(_is_sample(path) for path in folder.glob("*.pt"))
 
 
 class LegacySongs:
@@ -50,6 +57,7 @@ class LegacySongs:
 
     def __init__(self, folder: Path, *, allow_leaks: bool = False) -> None:
         self.folder = folder
+        self._open = functools.lru_cache(maxsize=16)(_load)  # latents and condition of an example are read one by one
         variant = _variant(folder)
         names = _sample_names(folder)
         problems: list[str] = []
@@ -67,7 +75,7 @@ class LegacySongs:
             widths.setdefault(sample["encoder_hidden_states"].shape[1], name)
             tags.add(str(metadata.get("custom_tag") or ""))
             audio.append(str(metadata.get("audio_path") or ""))
-            if metadata.get("preprocess_mode") == "lokr":
+            if metadata.get("preprocess_mode") == "lokr" or _holds_itself(sample):
                 leaking.append(name)
         if len(widths) > 1:
             both = " and ".join(f"{name} of {width}" for width, name in widths.items())
@@ -77,7 +85,7 @@ class LegacySongs:
         again = _again(folder, audio, variant, sorted(tags - {""}))
         if leaking and not allow_leaks:
             raise UserError(
-                f"{len(leaking)} files of dataset_dir={folder}, {leaking[0]} the first, were made with ACE-Step's "
+                f"{len(leaking)} files of dataset_dir={folder}, {leaking[0]} the first, were made as by ACE-Step's "
                 f"preprocess_mode=lokr, where the reference audio is the song itself, so that a run learns to copy it; "
                 f"make them anew with {again}, or type data.allow_leaked_reference=true"
             )
@@ -99,14 +107,16 @@ class LegacySongs:
     def latents(self, index: int, start: int, length: int) -> Tensor:
         """Read ``length`` frames of a song: (length, 64)."""
         path = self.folder / self.songs[index].latents
-        sample = _load(path)
-        return _finite(sample["target_latents"][sample["attention_mask"].bool()][start : start + length], path)
+        sample = self._open(path)
+        return _finite(_unpadded(sample["target_latents"], sample["attention_mask"])[start : start + length], path)
 
-    def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
+    def condition(
+        self, index: int, prompt: str, *, window: int | None, sings: bool, reference: int | None = None
+    ) -> Tensor:
         """Read the one condition that a song has, (L, D)."""
         path = self.folder / self.songs[index].latents
-        sample = _load(path)
-        return _finite(sample["encoder_hidden_states"][sample["encoder_attention_mask"].bool()], path)
+        sample = self._open(path)
+        return _finite(_unpadded(sample["encoder_hidden_states"], sample["encoder_attention_mask"]), path)
 
     def files(self, index: int) -> dict[str, str]:
         """The one file of a song."""
@@ -144,6 +154,22 @@ def _load(path: Path) -> dict[str, Any]:
     if sample["target_latents"].shape[1] != LATENT_CHANNELS:
         raise UserError(f"{path}: target_latents must have 64 channels, it has {sample['target_latents'].shape[1]}")
     return sample
+
+
+def _unpadded(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Take the rows that are no padding; those of a mask without gaps cost no copy."""
+    mask = mask.bool()
+    num_rows = int(mask.sum())
+    return tensor[:num_rows] if mask[:num_rows].all() else tensor[mask]
+
+
+def _holds_itself(sample: dict[str, Any]) -> bool:
+    """Whether the context of a song is the song, as where the reference is: others have silence or zeros there."""
+    latents, context = sample["target_latents"], sample.get("context_latents")
+    if not isinstance(context, Tensor) or context.ndim != 2 or context.shape != (len(latents), 2 * LATENT_CHANNELS):
+        return False
+    frames = slice(0, 50)  # two seconds tell
+    return torch.equal(context[frames, :LATENT_CHANNELS].to(latents), latents[frames]) and bool(latents[frames].any())
 
 
 def _record(name: str, sample: dict[str, Any], metadata: dict[str, Any], folder: Path) -> SongRecord:
@@ -220,11 +246,13 @@ def _again(folder: Path, audio: list[str], variant: str | None, tags: list[str])
         songs = os.path.commonpath(folders) if folders else "<songs>"
     except ValueError:  # on several drives
         songs = "<songs>"
-    tag = f" custom_tag={tags[0]}" if len(tags) == 1 else ""
-    return (
-        f"python -m sidestep.preprocess audio_dir={songs} dataset_dir={folder}-sidestep "
-        f"model_variant={variant or '<variant>'}{tag}"
-    )
+    typed = [
+        "audio_dir=<songs>" if songs == "<songs>" else as_typed("audio_dir", songs),
+        as_typed("dataset_dir", f"{folder}-sidestep"),
+        f"model_variant={variant or '<variant>'}",
+        *(as_typed("custom_tag", tag) for tag in tags if len(tags) == 1),
+    ]
+    return f"python -m sidestep.preprocess {' '.join(typed)}"
 
 
 def _finite(tensor: Tensor, path: Path) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from sidestep.errors import UserError
 from sidestep.files import write_text
 
 KEYS = (
-    "caption", "genre", "lyrics", "bpm", "keyscale", "timesignature", "language", "custom_tag", "prompt_override",
-    "repeat", "weight",
+    "caption", "genre", "lyrics", "is_instrumental", "bpm", "keyscale", "timesignature", "language", "custom_tag",
+    "prompt_override", "repeat", "weight",
 )  # fmt: skip
 """What a line of songs.jsonl may hold besides the file, in this order; what has its default is left out."""
 
@@ -56,7 +57,7 @@ def list_songs(config: SongsConfig) -> SongList:
             f"{target} is not written while {len(listing.failed)} songs or entries cannot be used; mend them first"
         )
     if target.exists():
-        shutil.copyfile(target, target.with_suffix(".jsonl.bak"))
+        shutil.copyfile(target, _free_name(target.with_suffix(".jsonl.bak")))
     write_songs(target, listing.songs)
     print(f"wrote {target}: {len(listing.songs)} songs, {changed} changed; preprocessing reads it in place of the rest")
     return listing
@@ -73,9 +74,17 @@ def as_line(song: Song) -> dict[str, Any]:
     default = Song(path=song.path, name=song.name, language="unknown")
     for key in KEYS:
         value = write_lrc(song.timed_lyrics) if key == "lyrics" and song.timed_lyrics else getattr(song, key)
+        if key == "is_instrumental":  # where no source has lyrics, they may only be missing
+            value = song.says_instrumental
         if value != getattr(default, key):
             values[key] = value
     return values
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of path2, path3, ... that nothing has yet."""
+    names = (path.with_name(f"{path.name}{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def write_lrc(lines: Sequence[TimedLine]) -> str:
@@ -95,9 +104,9 @@ def _edit(song: Song, config: SongsConfig) -> None:
         if not can_read_tags():
             raise UserError("fill=true reads tags inside the files; that takes pip install 'sidestep[tags]'")
         filled = dataclasses.replace(song)
-        merge(filled, read_tags(song.path), "file tags", song.name, [])
+        merge(filled, read_tags(song.path), "file tags", song.name, {})
         for key in ("genre", "bpm", "keyscale", "lyrics"):
-            if getattr(song, key) in ("", None):
+            if getattr(song, key) in ("", None) and not (key == "lyrics" and song.says_instrumental):
                 setattr(song, key, getattr(filled, key))
         if not song.timed_lyrics and song.lyrics == filled.lyrics:
             song.timed_lyrics = filled.timed_lyrics
@@ -107,6 +116,10 @@ def _print_song(song: Song, before: Song) -> None:
     about = [f"{song.caption} ({song.source})", song.genre, f"{song.bpm} bpm" if song.bpm else "", song.keyscale]
     if song.lyrics:
         about.append(f"{len(song.lyrics.splitlines())} lines{' with times' if song.timed_lyrics else ''}")
+        about.append(song.language if song.language != "unknown" else "")
+    about.append(f"tag {song.custom_tag}" if song.custom_tag else "")
+    about.append(f"repeat {song.repeat}" if song.repeat != 1 else "")
+    about.append(f"weight {song.weight:g}" if song.weight != 1 else "")
     print(printable(f"{song.name}: {' | '.join(part for part in about if part)}"))
     old, new = as_line(before), as_line(song)
     for key in KEYS:

@@ -10,8 +10,8 @@ from typing import Any
 TimedLine = tuple[float, str]
 """When a line begins, in seconds, and the line."""
 
-_STAMP = re.compile(r"\[(\d{1,3}):(\d{1,2}(?:[.:]\d{1,3})?)\]")
-_WORD_STAMP = re.compile(r"<\d{1,3}:\d{1,2}(?:[.:]\d{1,3})?>\s?")
+_STAMP = re.compile(r"\[(\d{1,3}):(\d{1,2}(?:[.:,]\d{1,3})?)\]")
+_WORD_STAMP = re.compile(r"<\d{1,3}:\d{1,2}(?:[.:,]\d{1,3})?>\s?")
 _LRC_TAG = re.compile(r"\[(ar|ti|al|au|by|re|ve|la|length|offset|#)\s*:(.*)\]\s*", re.IGNORECASE)
 _SECTION = re.compile(r"\[[^\]\d][^\]]*\]\s*")
 
@@ -24,10 +24,11 @@ def parse_lrc(text: str) -> list[TimedLine] | None:
     milliseconds earlier.
 
     Returns:
-        The lines by time, or None if no line has a time.
+        The lines by time, or None if most lines have none: "[1:30] guitar solo" between lines without times is a note.
     """
     lines: list[TimedLine] = []
     waiting: list[str] = []
+    num_timed = num_untimed = 0
     offset = 0.0
     for line in text.splitlines():
         if tag := _LRC_TAG.fullmatch(line.strip()):
@@ -36,16 +37,18 @@ def parse_lrc(text: str) -> list[TimedLine] | None:
             continue
         words, times = line.strip(), []
         while stamp := _STAMP.match(words):
-            times.append(60 * int(stamp[1]) + float(stamp[2].replace(":", ".")))
+            times.append(60 * int(stamp[1]) + float(re.sub("[:,]", ".", stamp[2])))
             words = words[stamp.end() :].lstrip()
         words = _WORD_STAMP.sub("", words).strip()
         if not times:
             waiting += [words] if words else []
+            num_untimed += bool(words) and not _SECTION.fullmatch(words)
             continue
+        num_timed += 1
         lines += [(min(times), before) for before in waiting]
         lines += [(time, words) for time in times]
         waiting = []
-    if not lines:
+    if not lines or num_untimed > num_timed:
         return None
     lines += [(lines[-1][0], rest) for rest in waiting]
     return sorted(((max(0.0, time - offset), words) for time, words in lines), key=lambda line: line[0])

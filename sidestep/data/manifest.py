@@ -19,7 +19,8 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ class SongRecord:
     """Which of "caption", "genre" and "tag" are stored."""
     is_timed: bool = False
     """Whether each window has lyrics of its own."""
+    num_references: int = 0
+    """How many parts of the song are stored as reference audio besides silence."""
 
 
 _REQUIRED = ("audio", "latents", "conditions", "prompt", "num_frames")
@@ -98,7 +101,9 @@ class DatasetInfo:
     format: int = FORMAT
 
 
-def condition_keys(song: SongRecord, prompt: str, *, window: int | None, sings: bool) -> tuple[str, str, str]:
+def condition_keys(
+    song: SongRecord, prompt: str, *, window: int | None, sings: bool, reference: int | None = None
+) -> tuple[str, str, str]:
     """Name the three parts whose rows, one after the other, are a condition.
 
     The parts are independent: lyrics, reference and text go through different encoders, and the transformer does not
@@ -109,11 +114,13 @@ def condition_keys(song: SongRecord, prompt: str, *, window: int | None, sings: 
         prompt: one of those it has.
         window: one of its windows, or None for a condition that speaks of the whole song.
         sings: False leaves the lyrics out.
+        reference: which part of the song is its reference audio; None takes silence, or the file that all songs have.
     """
     lyrics = "lyrics" if sings or song.is_instrumental else "instrumental"
     if sings and window is not None and song.is_timed:
         lyrics = f"window.{window}.lyrics"
-    return lyrics, "reference", prompt if window is None else f"window.{prompt}"
+    sound = "reference" if reference is None else f"reference.{reference}"
+    return lyrics, sound, prompt if window is None else f"window.{prompt}"
 
 
 def write_manifest(folder: Path, info: DatasetInfo, songs: list[SongRecord]) -> None:
@@ -128,6 +135,19 @@ def _without_defaults(song: SongRecord) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in _REQUIRED or value != _DEFAULTS[key]}
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Stop garbage collection; it would go through all songs again and again while they are made, and find nothing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@uncollected()
 def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     """Read a dataset's description and its songs.
 
@@ -158,8 +178,8 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
         songs = [_parse(SongRecord, line, f"{songs_file} line {n}") for n, line in enumerate(lines, start=1)]
     if not songs:
         raise UserError(f"{songs_file} names no songs; {AGAIN}")
-    for n, song in enumerate(songs, start=1):
-        if "\\ud" in lines[n - 1].lower():  # half a surrogate pair cannot be written anywhere
+    for n, (song, line) in enumerate(zip(songs, lines, strict=True), start=1):
+        if "\\ud" in line or "\\uD" in line:  # half a surrogate pair cannot be written anywhere
             for key, value in dataclasses.asdict(song).items():
                 if HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
                     raise UserError(f"{songs_file} line {n}: {key} holds what is no character, {value!r:.60}; {AGAIN}")
@@ -194,15 +214,10 @@ def parse_cuts(text: str) -> dict[str, int]:
 
 def _parse_quickly(lines: Sequence[str]) -> list[SongRecord] | None:
     """Make the records of all lines at once, 100,000 in about half a second; None if a line is wrong."""
-    collects = gc.isenabled()
-    gc.disable()  # it would go through all of them again and again while they are made, and find nothing
     try:
         songs = [SongRecord(**row) for row in json.loads(f"[{','.join(lines)}]")]
     except (ValueError, TypeError, RecursionError):
         return None
-    finally:
-        if collects:
-            gc.enable()
     for name, wanted in typing.get_type_hints(SongRecord).items():
         if not set(map(type, map(operator.attrgetter(name), songs))) <= set(_known_types(wanted)):
             return None

@@ -6,6 +6,7 @@ a position depends on the seed and the position only, so nothing needs saving: a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from sidestep.acestep.conditioning import REFERENCE_FRAMES
 from sidestep.seeds import derive_seed
 
 FRAMES_PER_SECOND = 25  # 48,000 samples per second / 1,920 samples per latent frame
@@ -106,8 +108,8 @@ def excerpt_start(num_frames: int, length: int, *, seed: int, song: int, visit: 
     The starts of successive visits are spread as evenly as any order allows, so that a few visits already cover the
     song. They are drawn from a whole excerpt before its first frame to a whole excerpt past its last, and those
     outside are moved to the edge: with starts inside only, the first and the last second would next to never be seen.
-    So no frame is seen less often than those in the middle, and none twice as often. Of a song shorter than two
-    excerpts, the middle is part of all of them.
+    So no frame is seen less often than those in the middle, and none more than twice as often. Of a song shorter than
+    two excerpts, the middle is part of all of them; a third begin with its first frame and a third end with its last.
 
     Args:
         num_frames: length of the song in latent frames.
@@ -120,8 +122,9 @@ def excerpt_start(num_frames: int, length: int, *, seed: int, song: int, visit: 
     if last < PATCH_FRAMES:
         return 0  # it is the whole song
     offset = derive_seed(seed, "excerpt", song) / 2**63
-    place = math.floor((offset + visit * GOLDEN) % 1 * (last + 1 + 2 * length))
-    return min(max(place - length, 0), last)
+    margin = min(length, last)
+    place = math.floor((offset + visit * GOLDEN) % 1 * (last + 1 + 2 * margin))
+    return min(max(place - margin, 0), last)
 
 
 def window_frames(seconds: float) -> int:
@@ -145,6 +148,25 @@ def window_at(num_windows: int, *, seed: int, song: int, visit: int) -> int:
     turn, place = divmod(visit, num_windows)
     generator = torch.Generator().manual_seed(derive_seed(seed, "window", song, turn))
     return int(torch.randperm(num_windows, generator=generator)[place])
+
+
+def reference_parts(num_frames: int) -> list[tuple[int, int]]:
+    """Cut a song into the parts that may be its own reference audio: 30 seconds each, or quarters of a shorter song.
+
+    Returns:
+        First frame of each and the first after it; nothing where a quarter is no 10 seconds, the least that
+        ACE-Step's inference takes from one place.
+    """
+    if num_frames < 4 * REFERENCE_FRAMES // 3:
+        return []
+    num_parts = max(4, num_frames // REFERENCE_FRAMES)
+    return list(itertools.pairwise(part * num_frames // num_parts for part in range(num_parts + 1)))
+
+
+def references_outside(num_frames: int, start: int, length: int) -> list[int]:
+    """Number the parts of a song of which nothing lies in an excerpt; one inside would tell what is to be predicted."""
+    parts = enumerate(reference_parts(num_frames))
+    return [number for number, (begin, end) in parts if end <= start or begin >= start + length]
 
 
 class MicroBatchSampler(Sampler[list[int]]):

@@ -15,7 +15,8 @@ Read in this order, each value of a later source taking the place of an earlier 
     songs.jsonl            what ``python -m sidestep.songs`` wrote; of a song in it, nothing else is read
 
 Files beside a song win over tables because they are what people edit by hand. An empty value counts as
-not given. A song with a mistake in its words is left out, with all of its mistakes by file and key.
+not given. A song with a mistake in the words that count is left out, with all of its mistakes by file and key. Tags
+inside files are full of what programs left there, so those that cannot be used are only noted.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class SongList:
     """Songs and entries of tables that cannot be used, and why."""
     missing: list[str] = field(default_factory=list)
     """Entries of tables whose audio file is not there."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Those of ``failed`` that are lines of songs.jsonl: some song would be told old words in their place."""
     notes: list[str] = field(default_factory=list)
     """Words and settings that were found and have no effect."""
 
@@ -90,37 +93,53 @@ def read_songs(
         raise UserError(f"metadata_file={metadata_file} is not a file: {describe(metadata_file)}")
     paths = _find_tables(audio_dir, songs) if metadata_file is None else [metadata_file]
     tables = [table for path in paths if (table := read_table(path)).is_about_songs]
+    passed_over = [] if metadata_file is None else _find_tables(audio_dir, songs)
     said = {key: value for table in tables for key, value in table.defaults.items()}
     listing = SongList(
         songs=songs,
         tag_position=tag_position or said.get("tag_position", "prepend"),
         genre_ratio=said.get("genre_ratio", 0) if genre_ratio is None else genre_ratio,
     )
-    matched = [_match_entries(table, listing, audio_dir) for table in tables]
     for table in tables:
         listing.failed |= table.failed
         if table.unused:
             listing.notes.append(f"columns of {table.path} that are not used: {_names(table.unused)}")
+    matched = [_match_entries(table, listing, audio_dir) for table in tables]
+    if others := [str(path) for path in passed_over if path.resolve() not in {path.resolve() for path in paths}]:
+        listing.notes.append(f"metadata_file={metadata_file} is read in the place of {_names(others)}")
+    final_lines = tuple(f"{table.path} line " for table in tables if table.is_final)
+    listing.lost = {where: reason for where, reason in listing.failed.items() if where.startswith(final_lines)}
     if file_tags and not can_read_tags():
         file_tags = False
         listing.notes.append("tags inside the files are not read; that takes pip install 'sidestep[tags]'")
+    replaced: list[str] = []
+    in_tags: list[str] = []
     for song in songs:
-        problems: list[str] = []
-        song.custom_tag = said.get("custom_tag", "")
+        problems: dict[str, list[str]] = {}
         entries = [
             (table, found[song.name]) for table, found in zip(tables, matched, strict=True) if song.name in found
         ]
         final = [(table, entry) for table, entry in entries if table.is_final]
-        if file_tags and not final:
-            merge(song, read_tags(song.path), "file tags", f"tags of {song.name}", problems)
-        for table, entry in final or entries:
-            merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
         if not final:
-            for words, sidecar in _read_sidecars(song, paths, listing.notes, problems):
-                merge(song, words, "sidecar", str(sidecar), problems)
+            song.custom_tag = said.get("custom_tag", "")
+        if file_tags and not final:
+            useless: dict[str, list[str]] = {}
+            merge(song, read_tags(song.path), "file tags", song.name, useless)
+            in_tags += [message for messages in useless.values() for message in messages]
+        for table, entry in final or entries:
+            replaced += merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
+        if not final:
+            for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, problems):
+                replaced += merge(song, words, "sidecar", str(sidecar), problems, lines)
         _complete(song, custom_tag, language, problems)
         if problems:
-            listing.failed[song.name] = printable("; ".join(problems))
+            listing.failed[song.name] = printable("; ".join(itertools.chain(*problems.values())))
+    for note, messages in (
+        ("tags inside the files that cannot be used, and are not", in_tags),
+        ("cannot be used, but something nearer to the song says it right", replaced),
+    ):
+        if messages:
+            listing.notes.append(f"{note}: {_names(messages, 5)}")
     _choose_prompts(listing)
     listing.songs = [song for song in songs if song.name not in listing.failed]
     return listing
@@ -141,15 +160,15 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _complete(song: Song, custom_tag: str, language: str, problems: list[str]) -> None:
+def _complete(song: Song, custom_tag: str, language: str, problems: dict[str, list[str]]) -> None:
     """Fill in what no source gave."""
     if CONTROL.search(song.name):
-        problems.append(f"{song.name!a}: the file name holds control characters or is not UTF-8; rename it")
+        problems["name"] = [f"{song.name!a}: the file name holds control characters or is not UTF-8; rename it"]
     song.custom_tag = custom_tag or song.custom_tag
     song.caption = song.caption or caption_from_name(song.path)
     song.language = song.language or language
     if song.prompt_override == "genre" and not song.genre:
-        problems.append(f"{song.name}: prompt_override is genre, but the song has no genre")
+        problems["prompt"] = [f"{song.name}: prompt_override is genre, but the song has no genre"]
 
 
 def _choose_prompts(listing: SongList) -> None:
@@ -161,6 +180,7 @@ def _choose_prompts(listing: SongList) -> None:
             without_genre.append(song.name)
         if song.is_instrumental and song.lyrics not in ("", INSTRUMENTAL):
             unsung.append(song.name)
+        song.says_instrumental = song.is_instrumental or song.lyrics == INSTRUMENTAL
         song.lyrics = "" if song.is_instrumental or song.lyrics == INSTRUMENTAL else song.lyrics
         song.is_instrumental = not song.lyrics
         song.timed_lyrics = song.timed_lyrics if song.lyrics else []
@@ -279,21 +299,23 @@ def _as_path(text: str) -> str:
 
 
 def _read_sidecars(
-    song: Song, tables: Sequence[Path], notes: list[str], problems: list[str]
-) -> list[tuple[dict[str, Any], Path]]:
-    """Read the files beside a song, the one that wins last."""
-    found: list[tuple[dict[str, Any], Path]] = []
+    song: Song, tables: Sequence[Path], notes: list[str], problems: dict[str, list[str]]
+) -> list[tuple[dict[str, Any], Path, dict[str, int]]]:
+    """Read the files beside a song, the one that wins last: values, the file, and lines of the values if known."""
+    found: list[tuple[dict[str, Any], Path, dict[str, int]]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
         path = song.path.with_name(song.path.stem + suffix)
         if os.path.isfile(path) and path not in tables:  # unlike Path.is_file, it takes a name of any length
             try:
-                found.append((parse(path), path))
+                found.append((parse(path), path, lines if suffix == ".txt" else {}))
             except UserError as error:
-                problems.append(str(error))
+                problems.setdefault("files", []).append(str(error))
+
+    lines: dict[str, int] = {}
 
     def parse_txt(path: Path) -> dict[str, Any]:
-        values, unused = _parse_txt(_read_text(path))
+        values, unused = _parse_txt(_read_text(path), lines)
         if unused:
             notes.append(f"not used from {path}: {_names(unused)}")
         return values
@@ -306,7 +328,7 @@ def _read_sidecars(
     return found
 
 
-def _parse_txt(text: str) -> tuple[dict[str, Any], list[str]]:
+def _parse_txt(text: str, at: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
     """Read Side-Step's ``key: value`` lines, or lyrics alone.
 
     The lines at the top that look like ``word: ...`` decide: if one of them has a key of a song and a value that such
@@ -315,21 +337,25 @@ def _parse_txt(text: str) -> tuple[dict[str, Any], list[str]]:
     Caption and lyrics may go on over many lines, up to a key that was not seen yet. Lyrics come last, so only a key
     with a value that it can have ends them.
 
+    Args:
+        text: of the file.
+        at: gets the line of each value.
+
     Returns:
         The values by key, and the lines that belong to none.
     """
-    lines = text.strip().splitlines()
+    lines = text.rstrip().splitlines()
     top = itertools.takewhile(lambda line: not line.strip() or _KEY_LINE.match(line), lines)
     if not any(_is_sure_key(line) for line in top):
         return {"lyrics": text}, []
     values: dict[str, Any] = {}
     unused: list[str] = []
     key = ""
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         name, value = _split_key(line)
         if name in SONG_KEYS and name not in values and (key != "lyrics" or _is_sure_key(line)):
             key = name
-            values[key] = value
+            values[key], at[key] = value, number
         elif key in ("caption", "lyrics"):
             values[key] += f"\n{line}"
         elif line.strip():

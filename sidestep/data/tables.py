@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _decode(path: Path) -> str:
             return data.decode("utf-16")
         return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def _read_json(path: Path, text: str) -> Table:
@@ -164,8 +165,12 @@ def _read_nml(path: Path, text: str) -> Table:
 
 
 def _read_csv(path: Path, text: str) -> Table:
-    head = text.partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
+    head, _, rest = text.partition("\n")
+    above = 0
+    if chosen := re.fullmatch(r'"?sep=(.)"?\s*', head, re.IGNORECASE):  # for Excel, which hides this line
+        text, above = rest, 1
+        head = text.partition("\n")[0]
+    delimiter = chosen[1] if chosen else max(",;\t", key=head.count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         names = [name.strip().lower() for name in next(rows, [])]
@@ -175,17 +180,17 @@ def _read_csv(path: Path, text: str) -> Table:
                 f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
                 f"location or title; it begins with {head.strip()[:80]!r}"
             )
-        line = rows.line_num + 1
+        line = above + rows.line_num + 1
         for row in rows:
             where = f"{path} line {line}"
-            line = rows.line_num + 1
+            line = above + rows.line_num + 1
             if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
                 count = f"it has {len(row)} values for {len(names)} columns"
                 table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
             elif any(cell.strip() for cell in row):
                 table.entries.append(_entry(dict(zip(names, row, strict=False)), where))
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} cannot be read as CSV: {error}") from error
+        raise UserError(f"{path} line {above + rows.line_num} cannot be read as CSV: {error}") from error
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,35 @@ def read_tags(path: Path) -> dict[str, Any]:
         found = (_first(tags, name) for name in names)
         if text := next((text for text in found if text), ""):
             values[key] = text
-    if synced := [frame for frame in getattr(tags, "getall", lambda name: [])("SYLT") if frame.format == 2]:  # ms
-        values["sections"] = [
-            {"start": time / 1000, "lyrics": line} for line, time in synced[0].text if line.strip() and time >= 0
-        ]
-    if values.get("bpm") in ("0", "0.0"):
-        del values["bpm"]  # what programs write that did not measure it
+    synced = [frame for frame in getattr(tags, "getall", lambda name: [])("SYLT") if frame.format == 2]  # ms
+    if synced and (lines := _synced_lines(synced[0].text)):
+        values["sections"] = lines
     return values
+
+
+def _synced_lines(pieces: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Put lines together from pieces with times in milliseconds.
+
+    A piece is a line, unless line breaks stand in some of them: then those begin lines, and pieces are syllables
+    (ID3v2.3, section 4.10).
+    """
+    if any("\n" in piece.strip(" ") for piece, _ in pieces):
+        lines: list[tuple[str, int]] = []
+        for piece, time in pieces:
+            if not lines or piece.startswith("\n") or lines[-1][0].endswith("\n"):
+                lines.append((piece, time))
+            else:
+                lines[-1] = (lines[-1][0] + piece, lines[-1][1])
+    else:
+        lines = list(pieces)
+    return [{"start": time / 1000, "lyrics": line.strip()} for line, time in lines if line.strip() and time >= 0]
 
 
 def _first(tags: Any, name: str) -> str:
     """The first value of a tag as text."""
     if hasattr(tags, "getall"):  # ID3, where a name may come several times: USLT for each language
         frames = tags.getall(name) if len(name) == 4 and name.isupper() else []
-        texts = [text for frame in frames for text in ([frame.text] if isinstance(frame.text, str) else frame.text)]
+        texts = [text for frame in frames for text in _texts(frame)]
     else:
         try:
             value = tags.get(name) or []
@@ -67,3 +83,9 @@ def _first(tags: Any, name: str) -> str:
         return ""
     first = texts[0]
     return (first.decode("utf-8", "replace") if isinstance(first, bytes) else str(first)).strip("\0 \n")
+
+
+def _texts(frame: Any) -> list[Any]:
+    if frame.FrameID == "TCON":
+        return list(frame.genres)  # old programs number genres: (17) is Rock
+    return [frame.text] if isinstance(frame.text, str) else list(frame.text)

@@ -22,7 +22,8 @@ ALIASES = {
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _NOTES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-_SHORT_KEY = re.compile(r"([A-Ga-g])\s*(#|b|♯|♭)?\s*(maj|min|m)?", re.IGNORECASE)
+_KEY = re.compile(r"([A-G])[\s-]*(#|b|♯|♭|sharp|flat)?[\s-]*(major|minor|maj|min|m)?", re.IGNORECASE)
+_SIGNS = {"♯": "#", "sharp": "#", "♭": "b", "flat": "b"}
 _WHEEL = re.compile(r"0?([1-9]|1[0-2])([ABdm])", re.IGNORECASE)
 _MAJOR_OF_WHEEL = ("B", "F#", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E")
 """Camelot's 1B to 12B; 1A to 12A are the minor keys of the same notes."""
@@ -48,6 +49,8 @@ class Song:
     """Numerator only: "4" for 4/4."""
     language: str = ""
     is_instrumental: bool = False
+    says_instrumental: bool = False
+    """Whether some source says so, and not only none has lyrics."""
     custom_tag: str = ""
     prompt_override: str = ""
     """The song's own choice of "caption" or "genre", which wins over the genre ratio."""
@@ -61,7 +64,14 @@ class Song:
     """Where the caption came from: "file name", "file tags", "sidecar", or the name of a metadata file."""
 
 
-def merge(song: Song, values: Mapping[str, Any], source: str, where: str, problems: list[str]) -> None:
+def merge(
+    song: Song,
+    values: Mapping[str, Any],
+    source: str,
+    where: str,
+    problems: dict[str, list[str]],
+    lines: Mapping[str, int] | None = None,
+) -> list[str]:
     """Put the values that one source gives into a song; an empty value counts as not given.
 
     Args:
@@ -69,15 +79,25 @@ def merge(song: Song, values: Mapping[str, Any], source: str, where: str, proble
         values: by key; keys that are none of a song's are passed over.
         source: what the song remembers, if its caption comes from here.
         where: file and line, for messages.
-        problems: gets one message for each value that cannot be used.
+        problems: gets one message for each value that cannot be used, by key; loses those of keys that this source
+            gives a good value for, because only the value that counts can fail a song.
+        lines: of the file, where each value begins.
+
+    Returns:
+        The messages that were lost.
     """
     given: dict[str, Any] = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
-        if name in SONG_KEYS and value is not None and str(value).strip() not in ("", "N/A"):
-            convert(name, value, SONG_KEYS[name], given, where, problems)
-    if lines := given.pop("sections", None) or (parse_lrc(given["lyrics"]) if "lyrics" in given else None):
-        given["timed_lyrics"], given["lyrics"] = lines, untimed(lines)
+        if name in SONG_KEYS and not is_missing(name, value):
+            found: list[str] = []
+            place = f"{where} line {lines[name]}" if lines and name in lines else where
+            convert(name, value, SONG_KEYS[name], given, place, found)
+            if found:
+                problems.setdefault(name, []).extend(found)
+    replaced = [message for name in given for message in problems.pop(name, [])]
+    if timed := given.pop("sections", None) or (parse_lrc(given["lyrics"]) if "lyrics" in given else None):
+        given["timed_lyrics"], given["lyrics"] = timed, untimed(timed)
     elif given.get("lyrics", song.lyrics) != song.lyrics:
         given["timed_lyrics"] = []  # other words than those whose times were known
     if given.get("lyrics") and "is_instrumental" not in given:
@@ -86,6 +106,13 @@ def merge(song: Song, values: Mapping[str, Any], source: str, where: str, proble
         song.source = source
     for key, value in given.items():
         setattr(song, key, value)
+    return replaced
+
+
+def is_missing(key: str, value: Any) -> bool:
+    """Say whether a value is none: programs that did not measure a tempo write 0, and some a dash."""
+    text = "" if value is None else str(value).strip()
+    return text in ("", "N/A", "-") or (key == "bpm" and re.fullmatch(r"0+([.,]0*)?", text) is not None)
 
 
 def convert(
@@ -99,15 +126,15 @@ def convert(
 
 
 def spell_key(text: str) -> str:
-    """Spell a key of music as ACE-Step does, if it is written short or on a DJ's wheel; anything else stays.
+    """Spell a key of music as ACE-Step does, however it is written, also on a DJ's wheel; anything else stays.
 
-    >>> spell_key("F#m"), spell_key("8A"), spell_key("1d"), spell_key("C major")
-    ('F# minor', 'A minor', 'C major', 'C major')
+    >>> spell_key("F#m"), spell_key("A-flat Major"), spell_key("8A"), spell_key("1d")
+    ('F# minor', 'Ab major', 'A minor', 'C major')
     """
-    if short := _SHORT_KEY.fullmatch(text):
-        accidental = {"♯": "#", "♭": "b"}.get(short[2] or "", (short[2] or "").lower())
-        is_minor = short[3] is not None and short[3].lower() != "maj" and short[3] != "M"
-        return f"{short[1].upper()}{accidental} {'minor' if is_minor else 'major'}"
+    if key := _KEY.fullmatch(text.strip()):
+        sign = (key[2] or "").lower()
+        is_minor = key[3] is not None and not key[3].lower().startswith("maj") and key[3] != "M"
+        return f"{key[1].upper()}{_SIGNS.get(sign, sign)} {'minor' if is_minor else 'major'}"
     if wheel := _WHEEL.fullmatch(text):
         number, letter = int(wheel[1]), wheel[2].lower()
         if letter in "dm":  # Open Key counts from C, where Camelot has 8
@@ -138,6 +165,7 @@ def _bpm(value: Any) -> int:
     message = "a number of beats per minute above 0"
     try:
         words = re.sub(r"\s*bpm$", "", str(value).strip(), flags=re.IGNORECASE)
+        words = re.sub(r"^(\d+),(\d+)$", r"\1.\2", words)  # the decimal comma of many countries
         number = math.nan if isinstance(value, bool) else float(words)
     except ValueError:
         raise ValueError(message) from None

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import resolve_targets
 from sidestep.config.data import DataConfig, Excerpts
 from sidestep.config.settings import AnalyzeConfig
+from sidestep.config.typed import as_typed
 from sidestep.data.dataset import SongDataset, collate
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
@@ -58,6 +60,17 @@ class Importance:
         return math.sqrt(self.mean / math.prod(self.sides))
 
 
+class Importances(Heatmap):
+    """Root mean squared gradients by block and kind of module, in thousandths of the largest."""
+
+    @property
+    def unit(self) -> str:
+        return "root mean squared gradient of a weight, the largest is 1000"
+
+    def text(self, value: float | None) -> str:
+        return "" if value is None else f"{value:.0f}"
+
+
 class Ranks(Heatmap):
     """Ranks by block and kind of module."""
 
@@ -73,7 +86,7 @@ def analyze(config: AnalyzeConfig) -> Path:
     """Measure every target module, print the ranks, and write them as a file for ``adapter.rank_pattern_file``.
 
     Returns:
-        The file; a picture of the ranks lies beside it.
+        The file; pictures of the ranks and of the importance lie beside it.
 
     Raises:
         UserError: if the model, the dataset or a target does not exist or fit, or no module matters.
@@ -102,9 +115,15 @@ def analyze(config: AnalyzeConfig) -> Path:
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         importance = measure(forward, transformer, paths, dataset, config.num_examples)
     ranks = allocate(importance, config.rank, config.max_rank)
-    table = Ranks(**vars(heatmap({path: LayerChange(norm=rank, relative=None) for path, rank in ranks.items()})))
-    _print(importance, ranks, table, config)
-    return _write(config, dataset, checkpoint.fingerprint("transformer"), importance, ranks, table)
+    largest = max(module.per_weight for module in importance.values())
+    matters = {path: 1000 * module.per_weight / largest for path, module in importance.items()}
+    tables = [_arranged(Ranks, ranks), _arranged(Importances, matters)]
+    _print(importance, ranks, tables[0], config)
+    return _write(config, dataset, checkpoint.fingerprint("transformer"), importance, ranks, tables)
+
+
+def _arranged(kind: type[Heatmap], values: Mapping[str, float]) -> Heatmap:
+    return kind(**vars(heatmap({path: LayerChange(norm=value, relative=None) for path, value in values.items()})))
 
 
 def measure(
@@ -223,7 +242,7 @@ def _write(
     checkpoint: str,
     importance: Mapping[str, Importance],
     ranks: Mapping[str, int],
-    table: Heatmap,
+    tables: Sequence[Heatmap],
 ) -> Path:
     about: dict[str, Any] = {
         "model_variant": config.model_variant.name,
@@ -239,17 +258,16 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=1) + "\n")
-        draw_heatmap(table, f"{path.name}: {config.model_variant.name}", path.with_suffix(".png"))
+        for table, picture in zip(tables, (f"{path.stem}.png", f"{path.stem}_importance.png"), strict=True):
+            draw_heatmap(table, f"{path.name}: {config.model_variant.name}", path.with_name(picture))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; type output=<another file>") from error
-    targets = ",".join(config.target_modules)
     log.info(
-        "next: python -m sidestep.train adapter=lora adapter.rank=%d adapter.target_modules=[%s] "
-        "adapter.rank_pattern_file=%s dataset_dir=%s model_variant=%s",
+        "next: python -m sidestep.train adapter=lora adapter.rank=%d %s %s %s model_variant=%s",
         config.rank,
-        targets,
-        path,
-        config.dataset_dir,
+        shlex.quote(f"adapter.target_modules=[{','.join(config.target_modules)}]"),
+        as_typed("adapter.rank_pattern_file", str(path)),
+        as_typed("dataset_dir", config.dataset_dir),
         config.model_variant.name,
     )
     return path

@@ -276,10 +276,12 @@ class Run:
                 self.config.schedule.warmup_steps,
                 self.num_steps,
             )
-        seconds = sum(song.num_frames for song in self.dataset.songs) / FRAMES_PER_SECOND
+        seconds = sum(song.num_frames for song in self.dataset.own_songs) / FRAMES_PER_SECOND
+        prior = len(self.dataset.prior_songs)
         log.info(
-            "%d songs, %.1f minutes; steps %d to %d of %d songs each, %g epochs; %s on %s",
-            len(self.dataset.songs),
+            "%d songs%s, %.1f minutes; steps %d to %d of %d songs each, %g epochs; %s on %s",
+            len(self.dataset.own_songs),
+            f" besides {prior} of prior_dataset_dir" if prior else "",
             seconds / 60,
             first_step + 1,
             self.num_steps,
@@ -452,7 +454,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         prior_folder=None if config.prior_dataset_dir is None else Path(config.prior_dataset_dir),
     )
     check_dataset_fits(dataset, checkpoint)
-    trained, held_out = hold_out(dataset.own_songs, config.validation)
+    trained, held_out = hold_out(dataset.own_songs, config.validation, dataset.prior_songs)
     silence = checkpoint.silence()
     previous = read_record(output_dir / "run.json")
     record = RunRecord(

@@ -29,7 +29,6 @@ from sidestep.acestep.conditioning import context_latents
 from sidestep.adapters.files import attach_saved
 from sidestep.data.dataset import Example
 from sidestep.data.holdout import content_id, place_of
-from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES
 from sidestep.records import parse_json
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import Noising, VelocityLoss
@@ -235,12 +234,9 @@ class Validation:
 
     def _excerpt(self, number: int) -> tuple[str, Example]:
         """What tells a song from others, and the part of it that is evaluated."""
-        song = self.run.all_songs.songs[number]
-        name = content_id(song)
-        longest = PATCH_FRAMES * int(self.run.config.validation.seconds * FRAMES_PER_SECOND / PATCH_FRAMES)
-        length = min(longest, song.num_frames - song.num_frames % PATCH_FRAMES)
-        start = derive_seed(0, f"validation excerpt {name}") % (song.num_frames - length + 1)
-        return name, self.run.all_songs.excerpt(number, start, length)
+        name = content_id(self.run.all_songs.songs[number])
+        place = derive_seed(0, f"validation excerpt {name}")
+        return name, self.run.all_songs.excerpt_at(number, self.run.config.validation.seconds, place)
 
     def _song_losses(self, transformer: nn.Module, number: int) -> Tensor:
         """Loss of one song at each time, (K,). A batch is one excerpt at several times, so nothing is padded."""
