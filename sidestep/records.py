@@ -17,6 +17,7 @@ _KINDS: dict[str, Any] = {
     "error": str,
     "finished": str,
     "went_back_to": str,
+    "run_id": str,
     "stopped_early": bool,
     "memory_gib": int | float,
     "train_seconds": int | float,

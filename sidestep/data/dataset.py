@@ -9,6 +9,7 @@ import bisect
 import copy
 import hashlib
 import itertools
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from sidestep.acestep.prompts import caption_of
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
 from sidestep.data.legacy import LegacySongs, holds_tensor_files
 from sidestep.data.manifest import AGAIN, INFO, DatasetInfo, SongRecord, condition_keys, read_manifest
@@ -101,6 +103,9 @@ class SongFolder(Protocol):
     def condition(self, index: int, prompt: str, *, window: int | None, sings: bool) -> Tensor:
         """Read a condition of a song, (L, D); the arguments are those of :func:`condition_keys`."""
 
+    def caption(self, index: int) -> str:
+        """The caption that a song was encoded with, its trigger word included."""
+
 
 class StoredSongs:
     """What ``python -m sidestep.preprocess`` wrote.
@@ -138,6 +143,16 @@ class StoredSongs:
         if not all(len(part) for part in parts):
             raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
         return torch.cat(parts)
+
+    def caption(self, index: int) -> str:
+        song = self.songs[index]
+        try:
+            with safe_open(self.folder / song.conditions, framework="pt") as tensors:
+                texts = json.loads((tensors.metadata() or {}).get("texts", "{}"))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.folder / song.conditions} of {song.audio} cannot be read ({error})") from error
+        text = texts.get("caption") if isinstance(texts, dict) else None
+        return caption_of(text) if isinstance(text, str) else song.caption.strip()
 
     def _read(self, song: SongRecord, file: str, keys: Sequence[str], rows: slice, width: int) -> list[Tensor]:
         path = self.folder / file
@@ -303,6 +318,11 @@ class SongDataset(Dataset[Example]):
         latents = source.latents(index, start, length).float()
         weight = song.weight * (self.config.prior_weight if number >= self._num_own else 1)
         return Example(number, latents, condition, weight)
+
+    def caption(self, number: int) -> str:
+        """What a song is described by in training, with its trigger word; empty where nothing describes it."""
+        source, index = self._places[number]
+        return source.caption(index)
 
     def draw(self, position: int) -> Draw:
         """Decide what lies at a position: the song, the excerpt, and its words."""

@@ -22,6 +22,15 @@ def place_of(song: SongRecord) -> float:
     return derive_seed(0, f"held out {content_id(song)}") / 2**63
 
 
+def lowest_places(songs: Sequence[SongRecord], numbers: Sequence[int], limit: int | None) -> list[int]:
+    """Choose no more than ``limit`` of some songs, by their sound: adding songs changes as few of them as can be.
+
+    Returns:
+        Their numbers, in the order of ``songs``.
+    """
+    return sorted(sorted(numbers, key=lambda number: place_of(songs[number]))[:limit])
+
+
 def hold_out(songs: Sequence[SongRecord], config: ValidationConfig) -> tuple[list[int], list[int]]:
     """Split songs into those to train on and those held out.
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidestep.acestep.prompts import apply_tag
 from sidestep.data.manifest import DatasetInfo, SongRecord
 from sidestep.errors import UserError
 
@@ -107,6 +108,12 @@ class LegacySongs:
         path = self.folder / self.songs[index].latents
         sample = _load(path)
         return _finite(sample["encoder_hidden_states"][sample["encoder_attention_mask"].bool()], path)
+
+    def caption(self, index: int) -> str:
+        """The caption of a song with its trigger word in front, where both trainers put it unless told otherwise."""
+        metadata = _load(self.folder / self.songs[index].latents).get("metadata")
+        tag = str(metadata.get("custom_tag") or "") if isinstance(metadata, dict) else ""
+        return apply_tag(self.songs[index].caption.strip(), tag, "prepend")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         )
     run.dataset.check_tensors()
     initial = run.read_initial() if start is None else None
+    agreement = Agreement(accelerator.num_processes)
     previews = Previews(run) if config.previews.every_epochs is not None else None
     if previews is not None:
         if kept is not None:
@@ -111,6 +112,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         kept = None
         if accelerator.is_main_process:
             previews.render_base()
+        agreement.wait()
     transformer = run.checkpoint.load_transformer(
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
@@ -138,7 +140,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     if config.ema_decay is not None:
         mean = WeightMean(adapter, config.ema_decay, start.ema if start is not None else {})
     if validation is not None:
-        validation.restore(start.validation if start is not None else {}, first_step)
+        validation.restore(first_step)
 
     forward = Forward(
         model,
@@ -156,15 +158,25 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
 
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step and step != run.record.step:  # else it is saved already
-            best = validation.state() if validation is not None else {}
             ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema, validation=best)
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema)
+
+    def stop_if_asked() -> None:
+        """Leave what can be begun again, if any process was told to stop; called equally often by each of them."""
+        if number := agreement.on_largest(stop.received or 0):
+            raise Interrupted(signal.Signals(number))
 
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
         assert validation is not None
-        scalars = validation.evaluate(transformer, step, mean).scalars()
+        try:
+            scalars = validation.evaluate(transformer, step, mean, stop_if_asked).scalars()
+        except Interrupted:
+            save(step)
+            agreement.close()
+            accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+            raise
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
@@ -180,17 +192,21 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if accelerator.is_main_process:
             with out_of_the_way(model, optimizer, device):
                 previews.render(adapter, step, steps)
-        accelerator.wait_for_everyone()
+        agreement.wait()
         steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
-    agreement = Agreement(accelerator.num_processes)
     model.train()
     run.begin(first_step)
     done = first_step
     with StopSignals() as stop, closing(batches), steps:
+        if first_step:  # what was due there, if the run was stopped before it was done
+            if validation is not None and validation.is_missing(first_step):
+                look(first_step)
+            if previews is not None and previews.are_missing(first_step):
+                listen(first_step)
         for step in range(first_step, run.num_steps):
             if validation is not None and validation.gave_up:
                 break
@@ -238,16 +254,17 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."
                 )
             done = step + 1
+            if saves:
+                save(done)
             if validation is not None and run.is_due(done, config.validation.every_epochs):
                 steps.flush()
                 look(done)
-            if saves or (validation is not None and validation.gave_up):
-                save(done)
+                if validation.gave_up:
+                    save(done)
             if config.previews.every_epochs is not None and run.is_due(done, config.previews.every_epochs):
                 listen(done)
-        if validation is not None and validation.last is None:  # everything was done before
+        if validation is not None and validation.last_step != done:  # as where validation.patience was lowered
             look(done)
-    agreement.close()
     attention.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
@@ -258,8 +275,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 run.save_adapter("final_ema", done, adapter)
         with accelerator.autocast():
             run.finish(adapter, transformer, done, steps.smoothed_loss)
-        if validation is not None:
-            validation.conclude(transformer)
+    agreement.wait()
+    if validation is not None:
+        if not accelerator.is_main_process:
+            adapter.detach()  # which finish did on the main process
+        validation.conclude(transformer)
+    agreement.close()
+    if accelerator.is_main_process:
         run.announce()
     return steps.smoothed_loss if validation is None else validation.best_loss
 
