@@ -71,8 +71,9 @@ def test_a_song_stays_on_its_side_when_songs_are_added():
 def test_the_same_sound_under_two_names_is_on_one_side():
     songs = songs_named("a", "b", "c", "d")
     songs[3].latents = songs[0].latents
+    songs[0].sound = songs[2].sound = songs[3].sound = "one recording"
     _, held_out = hold_out(songs, ValidationConfig(songs=["a.wav"]))
-    assert held_out == [0, 3]
+    assert held_out == [0, 2, 3]
 
 
 def test_one_song_is_held_out_where_the_fraction_would_hold_out_none():

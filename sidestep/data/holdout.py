@@ -13,8 +13,8 @@ from sidestep.seeds import derive_seed
 
 
 def content_id(song: SongRecord) -> str:
-    """What tells a song from others by its sound: the hash that preprocessing named its latents after."""
-    return PurePosixPath(song.latents).stem
+    """What tells a song from others by its sound; where it is not known, the name of its file of latents."""
+    return song.sound or PurePosixPath(song.latents).stem
 
 
 def place_of(song: SongRecord) -> float:
