@@ -13,6 +13,7 @@ _KINDS: dict[str, Any] = {
     "settings": dict,
     "config": dict,
     "final": dict,
+    "dataset": dict,
     "validation": dict,
     "error": str,
     "finished": str,

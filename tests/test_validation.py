@@ -344,7 +344,7 @@ def test_a_finished_run_is_evaluated_again_when_validation_changes_but_never_on_
     assert saved_step(folder / "best") == record["best_step"] == 3
 
     with pytest.raises(
-        UserError, match=r"validation\.songs=\[song1\.wav,song2\.wav\], and \[song3\.wav\] would hold out"
+        UserError, match=r"validation\.songs=\[song1\.wav,song2\.wav\], and \[song3\.wav\] would train on other songs"
     ):
         run_training(folder, *settings, "validation.songs=[song3.wav]")
 
@@ -377,7 +377,9 @@ def test_settings_without_effect_are_named():
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, dataset_dir):
+    """And one of them renders while the other waits."""
     settings = [
+        "previews.every_epochs=1", "previews.prompts=[piano]", "previews.seconds=1", "previews.num_inference_steps=1",
         "name=ddp", "model_variant=base", "device=cpu", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.01",
         f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *HELD_OUT, "validation.every_epochs=1",
         "max_epochs=1", "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "schedule.warmup_steps=2",
@@ -394,7 +396,10 @@ def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, data
     )
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/ddp/*")
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["base", "step_1"]
     (row,) = read_evaluations(folder)
+    scales = json.loads((folder / "run.json").read_text())["validation"]["scales"]
+    assert scales["1"] == pytest.approx(row["loss"], rel=1e-5)
     assert row["base_loss"] == pytest.approx(read_evaluations(run)[0]["base_loss"], rel=1e-6)
     assert row["hash"] == read_evaluations(run)[0]["hash"]
 

@@ -625,12 +625,12 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
 
 def _is_evaluated(run: Run, found: dict[str, Any]) -> bool:
     """Whether the validation of a finished run is what it would be now."""
-    scales = {f"{scale:g}" for scale in run.config.validation.scales}
-    return found.get("hash") == run.validation_hash() and scales == found.get("scales", {}).keys()
+    scales, tried = {f"{scale:g}" for scale in run.config.validation.scales}, found.get("scales")
+    return found.get("hash") == run.validation_hash() and isinstance(tried, dict) and scales == tried.keys()
 
 
 def _check_same_split(run: Run, previous: dict[str, Any]) -> None:
-    """Refuse to hold out other songs than those that were held out of what was trained so far.
+    """Refuse to hold out other songs than before: the run may have learnt them.
 
     Raises:
         UserError: naming the setting.
@@ -642,8 +642,8 @@ def _check_same_split(run: Run, previous: dict[str, Any]) -> None:
         was, value = before.get(key), getattr(run.config.validation, key)
         if was != value and previous.get("dataset", {}).get("held_out") != run.record.dataset["held_out"]:
             raise UserError(
-                f"{run.output_dir} was trained with validation.{key}={_typed(was)}, and {_typed(value)} would hold out "
-                f"songs that it may have learnt; type the former again, or give this run another name=..."
+                f"{run.output_dir} was trained with validation.{key}={_typed(was)}, and {_typed(value)} would train "
+                f"on other songs and hold out others; type the former again, or give this run another name=..."
             )
 
 
