@@ -11,6 +11,7 @@ import random
 import subprocess
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sidestep.errors import UserError
@@ -111,6 +112,10 @@ def share_only_trained(model: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, same)
 
 
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that renders or writes; one whose process ended is noticed at once."""
+
+
 class Agreement:
     """One number that all processes of a run come to know in the same step, for example a signal that one received.
 
@@ -127,7 +132,7 @@ class Agreement:
         if num_processes > 1:
             import torch.distributed
 
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def on_largest(self, number: int) -> int:
         """Tell a number; give the largest that any process told in the call before.
@@ -143,6 +148,13 @@ class Agreement:
         maximum = torch.distributed.ReduceOp.MAX
         self._asked = told, torch.distributed.all_reduce(told, maximum, group=self._group, async_op=True)
         return known
+
+    def wait(self) -> None:
+        """Wait for all processes, however long one of them is at work; waiting by way of GPUs ends in an error."""
+        if self._group is not None:
+            import torch.distributed
+
+            torch.distributed.barrier(self._group)
 
     def close(self) -> None:
         """Wait for the last answer; not after an error, since the others may never give one."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidestep.data.audio import SILENT_PEAK, find_audio, peak, read_audio
+from sidestep.data.audio import SILENT_PEAK, find_audio, hash_sound, peak, read_audio
 from sidestep.errors import UserError
 from tests.audio_files import write, write_with_ffmpeg
 
@@ -157,6 +157,14 @@ def test_a_song_shorter_than_two_latent_frames_is_refused(tmp_path):
     assert read_audio(write(tmp_path / "two.wav", np.zeros((3_840, 2)), 48_000)).shape == (2, 3_840)
     with pytest.raises(UserError, match=r"less\.wav is 0\.080 s long; a song needs at least"):
         read_audio(write(tmp_path / "less.wav", np.zeros((3_839, 2)), 48_000))
+
+
+def test_the_same_sound_is_known_in_wav_and_flac_under_any_name(tmp_path):
+    sound = np.random.default_rng(0).integers(-9_000, 9_000, (9_000, 2), dtype=np.int16)
+    wav, flac = write(tmp_path / "a.wav", sound), write(tmp_path / "b.flac", sound)
+    other, slower = write(tmp_path / "c.flac", sound[::-1]), write(tmp_path / "d.wav", sound, rate=22_050)
+    assert hash_sound(wav) == hash_sound(flac)
+    assert len({hash_sound(path) for path in (wav, other, slower, write(tmp_path / "e.ogg", sound))}) == 4
 
 
 def test_silence_is_told_from_quiet_music(tmp_path):

@@ -23,6 +23,7 @@ from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode, sampler
+from sidestep.data.audio import hash_sound
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
 from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
@@ -138,6 +139,7 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
         latents = load_file(folder / record.latents)["latents"]
         assert latents.shape == (record.num_frames, 64)
         assert latents.dtype is torch.float16
+        assert record.sound == hash_sound(Path(config.audio_dir) / record.audio)
     parts = {"lyrics", "instrumental", "reference", "caption", "genre"}
     assert set(load_file(folder / records["b/two.flac"].conditions)) == parts
     lines = summary.lines()

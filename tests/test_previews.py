@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.acestep.prompts import caption_prompt
 from sidestep.errors import UserError
+from sidestep.inference import previews
 from sidestep.inference.generation import generate
-from sidestep.training.previews import out_of_the_way
-from tests.factories import generate_config, run_training, train_config
+from sidestep.inference.pipeline import Request, Sampling
+from sidestep.training.previews import Previews, out_of_the_way
+from sidestep.training.run import open_run
+from tests.factories import choices_of, generate_config, run_training, train_config, write_dataset
 
 PREVIEWS = (
     "previews.every_epochs=1", "previews.prompts=[quiet piano]", "previews.seconds=1", "previews.seeds=[3]",
@@ -41,16 +49,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_each_epoch_has_music_a_picture_and_a_list(run):
     names = ["prompt1-seed3-scale1.flac", "prompt1-seed3-scale1.png"]
-    for epoch in ("epoch_1", "epoch_2"):
-        assert sorted(path.name for path in (run / "previews" / epoch).iterdir()) == ["previews.json", *names]
-    listed = json.loads((run / "previews/epoch_2/previews.json").read_text())
+    for step in ("step_4", "step_8"):
+        assert sorted(path.name for path in (run / "previews" / step).iterdir()) == ["previews.json", *names]
+    listed = json.loads((run / "previews/step_8/previews.json").read_text())
     assert listed["step"] == 8
     assert listed["files"] == [{"file": names[0], "prompt": "quiet piano", "seed": 3, "scale": 1.0}]
     assert soundfile.info(run / "previews/base/prompt1-seed3-scale0.flac").duration == 1
 
 
 def test_it_is_the_music_that_generate_makes_of_the_checkpoint(run, tmp_path, checkpoint_dir):
-    for scale, folder in ((0, "base"), (1, "epoch_1")):
+    for scale, folder in ((0, "base"), (1, "step_4")):
         (made,) = generate(
             generate_config(
                 f"adapter_dir={run / 'checkpoints/epoch_1'}", f"scale={scale}", "seeds=[3]", "language=unknown",
@@ -82,9 +90,67 @@ def test_songs_without_captions_need_a_prompt_before_anything_is_loaded(tmp_path
         run_training(tmp_path / "run", *places, "previews.every_epochs=1")
 
 
+def test_the_default_prompts_are_the_captions_that_songs_were_trained_with(tmp_path, checkpoint_dir):
+    """With the trigger word, which is what calls the adapter."""
+    dataset = write_dataset(tmp_path / "songs", checkpoint_dir, lengths=[60, 60])
+    prompt = caption_prompt("mystyle, warm jazz", bpm=None, timesignature="", keyscale="", duration=2)
+    file = dataset / "conditions/song1.safetensors"
+    save_file(load_file(file), file, {"texts": json.dumps({"caption": prompt})})
+    typed = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset}", "previews.every_epochs=1")
+    rendered = Previews(open_run(train_config(*typed), tmp_path / "run", choices_of(*typed)))
+    assert [request.prompt for request in rendered.requests] == ["mystyle, warm jazz"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), torch.OutOfMemoryError("full")],
+)
+def test_a_preview_that_fails_costs_only_the_preview(tmp_path, places, monkeypatch, caplog, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("sidestep.training.previews.render", fail)
+    run_training(tmp_path / "run", *places, *PREVIEWS, "previews.scales=[1]", "max_epochs=null", "max_steps=1")
+    assert "previews of step 1" in caplog.text
+    assert "training goes on" in caplog.text
+    assert (tmp_path / "run/final").is_dir()
+    assert not list((tmp_path / "run/previews").iterdir())
+
+
+def test_music_that_is_not_finite_is_left_out_and_the_rest_is_kept(
+    tmp_path, places, checkpoint_dir, monkeypatch, caplog
+):
+    sample = previews.sample_latents
+
+    def sample_badly(*arguments, seed, **options):
+        return sample(*arguments, seed=seed, **options) * (math.nan if seed == 4 else 1)
+
+    monkeypatch.setattr(previews, "sample_latents", sample_badly)
+    made = previews.render(
+        find_checkpoint(checkpoint_dir, train_config().model_variant), None, [Request(prompt="piano", seconds=1)],
+        seeds=[3, 4], scales=[0.0], sampling=Sampling(shift=1.0, num_inference_steps=1, guidance_scale=1.0),
+        device=torch.device("cpu"), dtype=torch.float32, folder=tmp_path,
+    )  # fmt: skip
+    assert [(music.file, music.seed) for music in made] == [("prompt1-seed3-scale0.flac", 3)]
+    assert "'piano' at scale 0 gave latents that are not finite" in caplog.text
+
+
+@pytest.mark.slow
+def test_previews_that_were_due_when_a_run_was_stopped_are_rendered_when_it_goes_on(run, tmp_path, places):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/previews/step_8")
+    run_training(tmp_path / "run", *places, *PREVIEWS, "adapter.dropout=0.1", "max_epochs=null", "max_steps=9")
+    assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == ["base", "step_4", "step_8", "step_9"]
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
-    [("seeds=[-1]", "whole numbers"), ("seconds=0", "above 0"), ("scales=[]", "is empty"), ("prompts=['']", "empty")],
+    [
+        ("seeds=[-1]", "whole numbers"),
+        ("seconds=0", "above 0"),
+        ("scales=[0]", "one of them not 0"),
+        ("prompts=['']", "empty"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(typed, message):
     with pytest.raises(UserError, match=message):

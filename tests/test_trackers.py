@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -48,7 +49,9 @@ def test_a_service_gets_the_settings_and_every_step(tmp_path, places, monkeypatc
 
     run_training(tmp_path / "first/run", *places, "tracking=wandb", "tracking.project=mine", "max_epochs=1")
     (init,) = received["init"]
-    assert (init["project"], init["id"], init["resume"]) == ("mine", "first-run", "allow")
+    record = json.loads((tmp_path / "first/run/run.json").read_text())
+    assert (init["project"], init["name"], init["resume"]) == ("mine", "first-run", "allow")
+    assert init["id"] == record["run_id"] != ""
     assert received["config"][0]["optim.lr"] == 0.01
     assert sorted({step for step, values in received["log"] if "train/loss" in values}) == [1, 2, 3, 4]
     assert received["finish"] == [True]

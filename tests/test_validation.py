@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +19,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.conditioning import context_latents
-from sidestep.adapters.files import attach_saved
+from sidestep.adapters.files import attach_saved, saved_step
 from sidestep.config.evaluation import ValidationConfig
 from sidestep.data.dataset import SongDataset
-from sidestep.data.holdout import content_id, hold_out
+from sidestep.data.holdout import content_id, hold_out, lowest_places
 from sidestep.data.manifest import SongRecord
 from sidestep.errors import UserError
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import noisy_latents_and_velocity
-from sidestep.training.validation import read_evaluations
-from tests.factories import run_training, train_config
+from sidestep.training.run import Run, open_run
+from sidestep.training.signals import Interrupted
+from sidestep.training.validation import Evaluation, Validation, read_evaluations, verdict
+from tests.factories import choices_of, run_training, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE_LOSSES = [3.7451820, 4.1207902, 3.6045548]
+"""Of the toy model on the two held-out songs of the toy dataset, at three times; recorded on 2 shared CPU cores."""
 HELD_OUT = ("validation.songs=[song1.wav,song2.wav]", "validation.num_times=3", "validation.scales=[0.5,1]")
 
 
@@ -63,8 +71,9 @@ def test_a_song_stays_on_its_side_when_songs_are_added():
 def test_the_same_sound_under_two_names_is_on_one_side():
     songs = songs_named("a", "b", "c", "d")
     songs[3].latents = songs[0].latents
+    songs[0].sound = songs[2].sound = songs[3].sound = "one recording"
     _, held_out = hold_out(songs, ValidationConfig(songs=["a.wav"]))
-    assert held_out == [0, 3]
+    assert held_out == [0, 2, 3]
 
 
 def test_one_song_is_held_out_where_the_fraction_would_hold_out_none():
@@ -141,6 +150,7 @@ def test_the_loss_is_what_the_saved_adapter_gives_by_hand(run, checkpoint_dir, d
         return sums
 
     last = read_evaluations(run)[-1]
+    assert last["base_losses"] == pytest.approx(BASE_LOSSES, rel=1e-4)
     transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
     assert last["base_losses"] == pytest.approx(by_hand(transformer), rel=1e-4)
     attach_saved(transformer, run / "final")
@@ -188,13 +198,15 @@ def test_other_seeds_and_batches_see_the_same_songs_and_another_grid_does_not(ru
     assert read_evaluations(tmp_path / "b")[0]["hash"] != first["hash"]
 
 
-def test_a_run_that_goes_on_remembers_its_best(run, tmp_path, places):
+def test_a_run_that_goes_on_remembers_its_best(run, tmp_path, places, caplog):
     settings = (
         *places, *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=1", "save_every_epochs=1",
         "vram_profile.batch_size=2",
     )  # fmt: skip
     run_training(tmp_path / "run", *settings, "max_epochs=2")
+    caplog.clear()
     loss = run_training(tmp_path / "run", *settings, "max_epochs=3")
+    assert "evaluating the base model" not in caplog.text  # it was when the run began
     assert read_evaluations(tmp_path / "run") == read_evaluations(run)
     assert loss == float((run / "returned.txt").read_text())
     assert run_training(tmp_path / "run", *settings, "max_epochs=3") == loss
@@ -216,9 +228,158 @@ def test_a_run_without_improvement_ends_early_and_stays_ended(tmp_path, places, 
     assert "raise validation.patience to train on" in caplog.text
 
 
+EVERY_EPOCH = (
+    *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=1", "save_every_epochs=1", "vram_profile.batch_size=2",
+)  # fmt: skip
+"""The settings of ``run``, but for how long it is."""
+
+
+def opened(folder: Path, *typed: str) -> Run:
+    return open_run(train_config(*typed), folder, choices_of(*typed))
+
+
+def test_what_decides_the_losses_decides_the_hash_and_nothing_else_does(tmp_path, places):
+    run = opened(tmp_path, *places, *HELD_OUT)
+    validation, memory, record = run.config.validation, run.memory, run.record
+
+    def hash_with(**changes) -> str:
+        return dataclasses.replace(run, **changes).validation_hash()
+
+    decide = [
+        {"precision": "bf16"},
+        {"memory": dataclasses.replace(memory, base_quantization="int8")},
+        {"null_condition": run.null_condition + 1},
+        {"record": dataclasses.replace(record, model={**record.model, "constants": "another silence"})},
+        {"record": dataclasses.replace(record, model={**record.model, "fingerprint": "other weights"})},
+        {"config": dataclasses.replace(run.config, validation=dataclasses.replace(validation, seconds=1))},
+        {"config": dataclasses.replace(run.config, validation=dataclasses.replace(validation, num_times=2))},
+        {"evaluated": [1]},
+    ]
+    assert len({run.validation_hash(), *(hash_with(**changes) for changes in decide)}) == 1 + len(decide)
+    assert hash_with(config=dataclasses.replace(run.config, seed=9)) == run.validation_hash()
+    assert hash_with(memory=dataclasses.replace(memory, batch_size=7, max_seconds=1)) == run.validation_hash()
+
+
+def test_no_more_than_max_songs_are_evaluated_and_adding_songs_keeps_most_of_them():
+    songs = songs_named(*(f"song{i}" for i in range(400)))
+    few, many = ({songs[number].audio for number in lowest_places(songs, range(count), 20)} for count in (380, 400))
+    assert len(few) == len(many) == 20
+    assert len(few & many) > 15
+    assert lowest_places(songs, [3, 1, 2], None) == [1, 2, 3]
+
+
+def test_going_back_sets_aside_all_that_came_later(run, tmp_path, places):
+    """So that best/ is the adapter that run.json speaks of, and no music of another future is left."""
+    shutil.copytree(run, tmp_path / "run")
+    later = tmp_path / "run/previews/step_3"
+    later.mkdir(parents=True)
+    assert saved_step(run / "best") == 3
+    before = json.loads((run / "run.json").read_text())
+    back = f"resume_from={tmp_path / 'run/checkpoints/epoch_1'}"
+    loss = run_training(tmp_path / "run", *places, *EVERY_EPOCH, "max_epochs=2", back)
+
+    (aside,) = (tmp_path / "run/set_aside").iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == ["best", "epoch_2", "epoch_3", "previews"]
+    assert not later.exists()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    rows = read_evaluations(tmp_path / "run")
+    assert rows == read_evaluations(run)[:2]
+    assert loss == record["validation"]["best_loss"] == min(row["loss"] for row in rows)
+    assert saved_step(tmp_path / "run/best") == record["validation"]["best_step"]
+    assert record["run_id"] != before["run_id"]
+
+
+def test_the_best_adapter_is_taken_from_its_checkpoint_where_best_is_another(run, tmp_path, places):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    again = opened(folder, *places, *EVERY_EPOCH, "max_epochs=4")
+    assert again.restore_best([3, 2], 3) == 3
+    assert not (folder / "set_aside").exists()
+
+    assert again.restore_best([2, 1], 3) == 2
+    assert saved_step(folder / "best") == 2
+    assert sorted(path.name for path in (folder / "best").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    torch.testing.assert_close(weights(folder / "best"), weights(run / "checkpoints/epoch_2"), rtol=0, atol=0)
+    (aside,) = (folder / "set_aside").iterdir()
+    assert saved_step(aside / "best") == 3
+
+    shutil.rmtree(folder / "best")
+    assert again.restore_best([9], 3) == 0
+
+
+def test_a_signal_during_an_evaluation_stops_it_and_it_is_made_when_the_run_goes_on(run, tmp_path, places, monkeypatch):
+    settings = (*places, *EVERY_EPOCH, "max_epochs=3", "save_every_epochs=null")
+    evaluate, calls = Validation._song_losses, []
+
+    def stop_at_the_seventh(*arguments):
+        calls.append(arguments)
+        if len(calls) == 7:  # four are of the base model, two of step 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(Validation, "_song_losses", stop_at_the_seventh)
+    with pytest.raises(Interrupted):
+        run_training(tmp_path / "run", *settings)
+    assert len(calls) == 7
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_1"]
+    assert read_evaluations(tmp_path / "run") == []
+
+    assert run_training(tmp_path / "run", *settings) == float((run / "returned.txt").read_text())
+    assert read_evaluations(tmp_path / "run") == read_evaluations(run)
+
+
+def test_a_finished_run_is_evaluated_again_when_validation_changes_but_never_on_songs_it_learnt(run, tmp_path, places):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    settings = (*places, *EVERY_EPOCH, "max_epochs=3")
+    run_training(folder, *settings, "validation.scales=[2]")
+    assert list(json.loads((folder / "run.json").read_text())["validation"]["scales"]) == ["2"]
+    assert read_evaluations(folder) == read_evaluations(run)
+
+    run_training(folder, *settings, "validation.num_times=2")
+    record = json.loads((folder / "run.json").read_text())["validation"]
+    assert record["hash"] == read_evaluations(folder)[-1]["hash"] != read_evaluations(run)[-1]["hash"]
+    assert saved_step(folder / "best") == record["best_step"] == 3
+
+    with pytest.raises(
+        UserError, match=r"validation\.songs=\[song1\.wav,song2\.wav\], and \[song3\.wav\] would train on other songs"
+    ):
+        run_training(folder, *settings, "validation.songs=[song3.wav]")
+
+
+def test_the_verdict_tells_learning_by_heart_from_diverging():
+    last = Evaluation(
+        step=9, epoch=9, hash="", num_songs=2, loss=1.2, base_loss=1.1, difference=0.1, difference_error=0.0,
+        times=[], losses=[], base_losses=[], train_loss=0.8, train_base_loss=1.0, drift=0.1, ema_loss=None,
+    )  # fmt: skip
+    said = verdict(last, 4, 1.0, {0.5: 1.05, 1.0: 1.0})
+    assert said[0].startswith("best/ is step 4")
+    assert "by heart" in said[1]
+    assert "of the scales tried on best/, 1 has" in said[2]
+    diverged = dataclasses.replace(last, loss=math.nan, train_loss=7.0)
+    assert "training diverged; use a lower optim.lr" in verdict(diverged, 4, 1.0, {})[1]
+    assert "use a lower optim.lr" in verdict(diverged, 4, 1.1, {})[0]
+    assert verdict(diverged, 0, math.inf, {}) == [
+        "no evaluation gave a finite loss, so there is no best/; use a lower optim.lr"
+    ]
+
+
+def test_settings_without_effect_are_named():
+    config = train_config("validation.num_times=3", "previews.seconds=5")
+    assert config.validation.without_effect() == [
+        "validation.num_times has no effect without held-out songs; type validation.fraction=0.1"
+    ]
+    assert config.previews.without_effect() == ["previews.seconds has no effect without previews.every_epochs=10"]
+    assert train_config().validation.without_effect() == train_config().previews.without_effect() == []
+
+
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, dataset_dir):
+    """And one of them renders while the other waits."""
     settings = [
+        "previews.every_epochs=1", "previews.prompts=[piano]", "previews.seconds=1", "previews.num_inference_steps=1",
         "name=ddp", "model_variant=base", "device=cpu", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.01",
         f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *HELD_OUT, "validation.every_epochs=1",
         "max_epochs=1", "vram_profile.batch_size=1", "vram_profile.max_seconds=2", "schedule.warmup_steps=2",
@@ -235,7 +396,10 @@ def test_two_processes_measure_what_one_does(run, tmp_path, checkpoint_dir, data
     )
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/ddp/*")
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == ["base", "step_1"]
     (row,) = read_evaluations(folder)
+    scales = json.loads((folder / "run.json").read_text())["validation"]["scales"]
+    assert scales["1"] == pytest.approx(row["loss"], rel=1e-5)
     assert row["base_loss"] == pytest.approx(read_evaluations(run)[0]["base_loss"], rel=1e-6)
     assert row["hash"] == read_evaluations(run)[0]["hash"]
 

@@ -40,6 +40,11 @@ def caption_prompt(caption: str, *, bpm: int | None, timesignature: str, keyscal
     )
 
 
+def caption_of(prompt: str) -> str:
+    """Take the caption out of what :func:`caption_prompt` wrote."""
+    return prompt.partition("# Caption\n")[2].rpartition("\n\n# Metas\n")[0]
+
+
 def lyrics_prompt(lyrics: str, language: str) -> str:
     """Write the lyric prompt of a song; empty lyrics become :data:`INSTRUMENTAL`.
 

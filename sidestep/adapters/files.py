@@ -187,6 +187,16 @@ def trained_on(saved: SavedAdapter) -> dict[str, Any]:
     return about
 
 
+def saved_step(folder: Path) -> int | None:
+    """The step at which a run saved the adapter in a folder, read from its header; None if nothing says so."""
+    try:
+        with safe_open(find_weights(folder), "pt") as file:
+            step = parse_json((file.metadata() or {}).get("sidestep", "{}")).get("step")
+    except (UserError, SafetensorError, OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 def warn_of_another_model(saved: SavedAdapter, checkpoint: Checkpoint) -> None:
     """Warn if an adapter says that it was trained on another model than this, such as one it is merged into already."""
     about = trained_on(saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from sidestep.errors import UserError
 
@@ -22,6 +22,8 @@ class ValidationConfig:
     """Length of the excerpt of each song, the same whatever the run trains on, so that runs can be compared."""
     num_times: int = 8
     """Each song is evaluated at this many times, in the middle of equal parts of [0, 1]."""
+    max_songs: int | None = 50
+    """Evaluate no more than this many of the held-out songs, always the same ones; null evaluates all."""
     patience: int | None = None
     """End the run after this many evaluations in a row without a new best loss; null trains to the end."""
     scales: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25])
@@ -35,6 +37,9 @@ class ValidationConfig:
                 f"validation.songs already says what is held out; leave validation.fraction={self.fraction:g} out"
             )
         _at_least(1, "validation", every_epochs=self.every_epochs, num_times=self.num_times, patience=self.patience)
+        _at_least(1, "validation", max_songs=self.max_songs)
+        if not all(map(math.isfinite, self.scales)):
+            raise UserError(f"validation.scales={self.scales} must be numbers, for example validation.scales=[0.5,1]")
         if not 0.08 <= self.seconds < math.inf:
             raise UserError(f"validation.seconds={self.seconds:g} must be at least 0.08 seconds")
         if self.patience is not None and not self.is_on:
@@ -47,6 +52,15 @@ class ValidationConfig:
     def is_on(self) -> bool:
         """Whether any song is to be held out."""
         return bool(self.songs) or self.fraction > 0
+
+    def without_effect(self) -> list[str]:
+        """One sentence for each setting that was changed and has no effect."""
+        if self.is_on:
+            return []
+        return [
+            f"validation.{key} has no effect without held-out songs; type validation.fraction=0.1"
+            for key in _changed(self)
+        ]
 
 
 @dataclass(kw_only=True)
@@ -74,10 +88,21 @@ class PreviewConfig:
             raise UserError(f"previews.seconds={self.seconds:g} must be above 0 and no more than 600")
         if any(not 0 <= seed < 2**63 for seed in self.seeds) or not self.seeds:
             raise UserError(f"previews.seeds={self.seeds} must be whole numbers from 0 to 2**63 - 1, at least one")
-        if not self.scales:
-            raise UserError("previews.scales is empty; type previews.scales=[0,1]")
+        if not all(map(math.isfinite, self.scales)) or not any(self.scales):
+            raise UserError(f"previews.scales={self.scales} must be numbers, one of them not 0: previews.scales=[0,1]")
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("previews.prompts has an empty prompt; say what the music should be")
+
+    def without_effect(self) -> list[str]:
+        """One sentence for each setting that was changed and has no effect."""
+        if self.every_epochs is not None:
+            return []
+        return [f"previews.{key} has no effect without previews.every_epochs=10" for key in _changed(self)]
+
+
+def _changed(settings: ValidationConfig | PreviewConfig) -> list[str]:
+    default = type(settings)()
+    return [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(default, field.name)]
 
 
 def _at_least(least: int, group: str, **values: int | None) -> None:

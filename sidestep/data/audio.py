@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from sidestep.data.sampler import PATCH_FRAMES
 from sidestep.errors import UserError
-from sidestep.files import describe
+from sidestep.files import describe, sha256_of
 
 SAMPLE_RATE = 48_000
 SAMPLES_PER_FRAME = 1_920  # one latent frame, 1/25 second
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac")
+LOSSLESS = (".wav", ".flac")
 MIN_SAMPLES = PATCH_FRAMES * SAMPLES_PER_FRAME
 SILENT_PEAK = 1e-4  # -80 dBFS
 
@@ -113,6 +115,22 @@ def probe_audio(path: Path, max_seconds: float | None = None) -> None:
                 _refuse_without_last_page(path, file.frames / file.samplerate)
     except (OSError, soundfile.LibsndfileError):
         return  # it is for PyAV, which just read it
+
+
+def hash_sound(path: Path, max_seconds: float | None = None) -> str:
+    """Hash what a file sounds like: the samples of wav and flac, the bytes of all others; 64 hex digits.
+
+    So the same recording is found in both, under any name and with any tags. Decoders of the others may differ in the
+    last bits from one machine to the next.
+
+    Args:
+        path: a file that :func:`read_audio` reads.
+        max_seconds: hash no more than this of the samples.
+    """
+    if path.suffix.lower() not in LOSSLESS:
+        return sha256_of(path)
+    samples, rate = _decode(path, max_seconds)
+    return hashlib.sha256(f"{rate} {samples.shape} ".encode() + samples.tobytes()).hexdigest()
 
 
 def peak(audio: Tensor) -> float:

@@ -9,6 +9,7 @@ import bisect
 import copy
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from sidestep.acestep.prompts import caption_of
 from sidestep.config.data import DataConfig, ExcerptLyrics, Excerpts
 from sidestep.data.checks import Checkable, check_files
 from sidestep.data.legacy import LegacySongs, holds_tensor_files
@@ -108,6 +110,9 @@ class SongFolder(Checkable, Protocol):
     ) -> Tensor:
         """Read a condition of a song, (L, D); the arguments are those of :func:`condition_keys`."""
 
+    def caption(self, index: int) -> str:
+        """The caption that a song was encoded with, its trigger word included."""
+
 
 class StoredSongs:
     """What ``python -m sidestep.preprocess`` wrote.
@@ -187,6 +192,16 @@ class StoredSongs:
         if not all(len(part) for part in parts):
             raise UserError(f"{self.folder / song.conditions} of {song.audio} holds no tokens; delete it and {AGAIN}")
         return parts
+
+    def caption(self, index: int) -> str:
+        song = self.songs[index]
+        try:
+            with safe_open(self.folder / song.conditions, framework="pt") as tensors:
+                texts = json.loads((tensors.metadata() or {}).get("texts", "{}"))
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.folder / song.conditions} of {song.audio} cannot be read ({error})") from error
+        text = texts.get("caption") if isinstance(texts, dict) else None
+        return caption_of(text) if isinstance(text, str) else song.caption.strip()
 
     def _read(self, song: SongRecord, file: str, keys: Sequence[str], rows: slice, width: int) -> list[Tensor]:
         path = self.folder / file
@@ -386,6 +401,11 @@ class SongDataset(Dataset[Example]):
             begin = starts[window]
         length = excerpt_length(available, seconds)
         return self.excerpt(number, begin + place % (available - length + 1), length, window=window)
+
+    def caption(self, number: int) -> str:
+        """What a song is described by in training, with its trigger word; empty where nothing describes it."""
+        source, index = self._places[number]
+        return source.caption(index)
 
     def draw(self, position: int) -> Draw:
         """Decide what lies at a position: the song, the excerpt, and its words."""

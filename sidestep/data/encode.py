@@ -35,7 +35,7 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, encode_reference, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.config.typed import as_typed
-from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_audio
+from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, hash_sound, peak, probe_audio, read_audio
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
@@ -378,13 +378,14 @@ def _encode_songs(
                 if files[name] not in done:  # another song may have the same audio
                     try:
                         latents, loudest = _encode_song(vae, todo[name], files[name].stem, config)
+                        sound = hash_sound(todo[name], config.max_song_seconds)
                         if _version(todo[name]) != hashed[name]:  # it would be kept under the hash of the old audio
                             raise UserError(f"{todo[name]} changed while it was read; type the same command again")
                     except (UserError, FileNotFoundError) as error:
                         summary.failed[name] = str(error)
                         del files[name]
                         continue
-                    _save(files[name], {"latents": latents}, {"peak": f"{loudest:.3g}"})
+                    _save(files[name], {"latents": latents}, {"peak": f"{loudest:.3g}", "sound": sound})
                     done.add(files[name])
                 summary.changed.add(name)
         except torch.OutOfMemoryError as error:
@@ -584,6 +585,7 @@ def _pairs(texts: dict[str, Tensor], lyrics: dict[str, Tensor]) -> Iterator[Any]
 def _record(song: Song, prompts: _Prompts, latents: Path, conditions: Path, num_frames: int) -> SongRecord:
     return SongRecord(
         audio=song.name,
+        sound=_sound_of(latents),
         latents=f"{LATENTS}/{latents.name}",
         conditions=f"{CONDITIONS}/{conditions.name}",
         prompt=song.prompt,
@@ -653,6 +655,12 @@ def _about_latents(file: Path) -> tuple[int, float]:
     """Read the number of frames of a song, and its peak."""
     shape, peak_of_song = _read_header(file, "latents", "peak", float)
     return shape[0], peak_of_song
+
+
+def _sound_of(file: Path) -> str:
+    """Read the hash of the sound that was encoded; empty in files that have none."""
+    with safe_open(file, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get("sound", "")
 
 
 def _about_conditions(file: Path) -> tuple[int, dict[str, int]]:

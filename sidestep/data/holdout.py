@@ -13,17 +13,26 @@ from sidestep.seeds import derive_seed
 
 
 def content_id(song: SongRecord) -> str:
-    """What tells a song from others by its sound: the hash that preprocessing named its latents after.
+    """What tells a song from others by its sound: its hash, or the name of its file of latents where it is not known.
 
-    Tensor files of other trainers have none, so it is their path.
+    Tensor files of other trainers have neither, so it is their path.
     """
     path = PurePosixPath(song.latents)
-    return path.with_suffix("").as_posix() if path.suffix == ".pt" else path.stem
+    return song.sound or (path.with_suffix("").as_posix() if path.suffix == ".pt" else path.stem)
 
 
 def place_of(song: SongRecord) -> float:
     """A number in [0, 1) that depends on the sound only; songs below ``validation.fraction`` are held out."""
     return derive_seed(0, f"held out {content_id(song)}") / 2**63
+
+
+def lowest_places(songs: Sequence[SongRecord], numbers: Sequence[int], limit: int | None) -> list[int]:
+    """Choose no more than ``limit`` of some songs, by their sound: adding songs changes as few of them as can be.
+
+    Returns:
+        Their numbers, in the order of ``songs``.
+    """
+    return sorted(sorted(numbers, key=lambda number: place_of(songs[number]))[:limit])
 
 
 def hold_out(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sidestep.acestep.prompts import apply_tag
 from sidestep.config.typed import as_typed
 from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord
 from sidestep.errors import UserError
@@ -128,6 +129,12 @@ class LegacySongs:
         song = self.songs[index]
         self.latents(index, 0, song.num_frames)
         self.condition(index, song.prompt, window=None, sings=True)
+
+    def caption(self, index: int) -> str:
+        """The caption of a song with its trigger word in front, where both trainers put it unless told otherwise."""
+        metadata = _load(self.folder / self.songs[index].latents).get("metadata")
+        tag = str(metadata.get("custom_tag") or "") if isinstance(metadata, dict) else ""
+        return apply_tag(self.songs[index].caption.strip(), tag, "prepend")
 
 
 def _load(path: Path) -> dict[str, Any]:

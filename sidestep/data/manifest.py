@@ -2,7 +2,7 @@
 
     dataset_info.json                  which model it was made with, and how
     songs.jsonl                        one line per song, in training order
-    latents/<hash>.safetensors         latents (T, 64) float16, one file per distinct audio
+    latents/<hash>.safetensors         latents (T, 64) float16, one file per distinct audio file
     conditions/<hash>.safetensors      the parts of its conditions, each (tokens, D); see :func:`condition_keys`
     .checked                           which versions of these files training has read through; see ``checks``
 
@@ -59,6 +59,8 @@ class SongRecord:
     """Which text to train on unless the run says otherwise: "caption" or "genre"."""
     num_frames: int
     """Latent frames, 25 per second."""
+    sound: str = ""
+    """Hash of what it sounds like, the same in wav and flac; empty where it is not known."""
     caption: str = ""
     genre: str = ""
     language: str = ""

@@ -14,7 +14,6 @@ from torch import Tensor
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.adapters.files import attach_saved
-from sidestep.errors import UserError
 from sidestep.inference.music_files import write_music
 from sidestep.inference.pipeline import Request, Sampling, decode_latents, encode_request, finish, sample_latents
 
@@ -59,8 +58,8 @@ def render(
         dtype: of the encoders and the transformer.
         folder: an existing folder.
 
-    Raises:
-        UserError: if what is sampled is not finite.
+    Returns:
+        What was rendered; what was sampled as numbers that are not finite is left out with a warning.
     """
     tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
     condition_encoder = checkpoint.load_condition_encoder(device=device, dtype=dtype)
@@ -85,9 +84,10 @@ def render(
                     sampling=sampling,
                     seed=seed,
                 )
-                if not latents.isfinite().all():
-                    raise UserError(f"a preview at scale {scale:g} gave latents that are not finite in {dtype}")
-                sampled.append((number, seed, scale, latents))
+                if latents.isfinite().all():
+                    sampled.append((number, seed, scale, latents))
+                else:
+                    log.warning("%r at scale %g gave latents that are not finite in %s", request.prompt, scale, dtype)
         if applied is not None:
             applied.detach()
     del transformer

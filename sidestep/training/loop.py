@@ -107,12 +107,15 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             run.output_dir, process=accelerator.process_index, num_processes=accelerator.num_processes
         )
     initial = run.read_initial() if start is None else None
+    agreement = Agreement(accelerator.num_processes)
     previews = Previews(run) if config.previews.every_epochs is not None else None
     if kept is not None and (previews is not None or memory.offloaded_share):
         kept.drop()  # rendering needs the memory, and what waits in main memory shall not be on the device too
         kept = None
-    if previews is not None and accelerator.is_main_process:
-        previews.render_base()
+    if previews is not None:
+        if accelerator.is_main_process:
+            previews.render_base()
+        agreement.wait()
     transformer = run.checkpoint.load_transformer(
         device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
@@ -141,7 +144,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     if config.ema_decay is not None:
         mean = WeightMean(adapter, config.ema_decay, start.ema if start is not None else {})
     if validation is not None:
-        validation.restore(start.validation if start is not None else {}, first_step)
+        validation.restore(first_step)
 
     forward = run.forward(model, attention, device)
     order = run.micro_batches(first_step, run.num_steps, accelerator.process_index)
@@ -151,15 +154,25 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     def save(step: int) -> None:
         if accelerator.is_main_process and step > first_step and step != run.record.step:  # else it is saved already
             steps.sync()
-            best = validation.state() if validation is not None else {}
             ema = mean.state() if mean is not None else {}
             scaler = accelerator.scaler
-            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema, validation=best)
+            run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema)
+
+    def stop_if_asked() -> None:
+        """Leave what can be begun again, if any process was told to stop; called equally often by each of them."""
+        if number := agreement.on_largest(stop.received or 0):
+            raise Interrupted(signal.Signals(number))
 
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
         assert validation is not None
-        scalars = validation.evaluate(transformer, step, mean).scalars()
+        try:
+            scalars = validation.evaluate(transformer, step, mean, stop_if_asked).scalars()
+        except Interrupted:
+            save(step)
+            agreement.close()
+            accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+            raise
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
@@ -176,17 +189,21 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             with out_of_the_way(model, optimizer, device):
                 previews.render(adapter, step, steps)
             offloaded.go_home()
-        accelerator.wait_for_everyone()
+        agreement.wait()
         steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
     max_bad_steps = config.max_bad_steps if accelerator.scaler is None else max(config.max_bad_steps, 20)
 
-    agreement = Agreement(accelerator.num_processes)
     model.train()
     run.begin(first_step)
     done = first_step
     with StopSignals() as stop, closing(batches), steps:
+        if first_step:  # what was due there, if the run was stopped before it was done
+            if validation is not None and validation.is_missing(first_step):
+                look(first_step)
+            if previews is not None and previews.are_missing(first_step):
+                listen(first_step)
         for step in range(first_step, run.num_steps):
             if validation is not None and validation.gave_up:
                 break
@@ -234,16 +251,17 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                     f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."
                 )
             done = step + 1
+            if saves:
+                save(done)
             if validation is not None and run.is_due(done, config.validation.every_epochs):
                 steps.flush()
                 look(done)
-            if saves or (validation is not None and validation.gave_up):
-                save(done)
+                if validation.gave_up:
+                    save(done)
             if config.previews.every_epochs is not None and run.is_due(done, config.previews.every_epochs):
                 listen(done)
-        if validation is not None and validation.last is None:  # everything was done before
+        if validation is not None and validation.last_step != done:  # as where validation.patience was lowered
             look(done)
-    agreement.close()
     attention.remove()
     offloaded.remove()
     for layer in transformer.layers:
@@ -255,8 +273,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 run.save_adapter("final_ema", done, adapter)
         with accelerator.autocast():
             run.finish(adapter, transformer, done, steps.smoothed_loss)
-        if validation is not None:
-            validation.conclude(transformer)
+    agreement.wait()
+    if validation is not None:
+        if not accelerator.is_main_process:
+            adapter.detach()  # which finish did on the main process
+        validation.conclude(transformer)
+    agreement.close()
+    if accelerator.is_main_process:
         run.announce()
     if stop.received is not None:  # while the last checkpoint was written; a sweep must not go on to its next point
         raise Interrupted(stop.received)

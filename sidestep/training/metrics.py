@@ -54,7 +54,7 @@ class StepLog:
                 first_step,
                 settings=settings,
                 metric="validation/best_loss" if run.held_out else "train/smoothed_loss",
-                service=run.config.tracking.open(run.output_dir, settings),
+                service=run.config.tracking.open(run.output_dir, run.record.run_id, settings),
             )
             self._progress = Progress(first_step, run.num_steps)
         self._last_flush = time.monotonic()

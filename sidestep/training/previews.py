@@ -1,7 +1,7 @@
 """Music rendered while a run trains, from the adapter's saved files, without disturbing the run.
 
-previews/base/       what the base model makes of the same prompts and seeds, rendered once
-previews/epoch_N/    prompt1-seed0-scale1.flac, its spectrogram .png, and previews.json
+previews/base/      what the base model makes of the same prompts and seeds, rendered once
+previews/step_N/    prompt1-seed0-scale1.flac, its spectrogram .png, and previews.json
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sidestep.errors import UserError
 from sidestep.files import replacing_folder
 from sidestep.inference.pipeline import Request, Sampling
 from sidestep.inference.previews import Preview, render, spectrogram
+from sidestep.records import parse_json
 
 if TYPE_CHECKING:
     from sidestep.training.metrics import StepLog
@@ -50,6 +51,8 @@ class Previews:
         settings = run.config.previews
         self.run, self.settings = run, settings
         self.folder = run.output_dir / "previews"
+        self._rendered = {path.parent.name for path in self.folder.glob(f"*/{MANIFEST}")}
+        self._base_shown = False
         self.requests = [
             Request(prompt=prompt, seconds=settings.seconds, lyrics=settings.lyrics) for prompt in self._prompts()
         ]
@@ -62,37 +65,56 @@ class Previews:
     def _prompts(self) -> list[str]:
         if self.settings.prompts:
             return self.settings.prompts
-        songs = [self.run.all_songs.songs[number] for number in [*self.run.held_out, *self.run.trained]]
-        captions = list(dict.fromkeys(song.caption for song in songs if song.caption.strip()))[:2]
+        captions: dict[str, None] = {}
+        for number in [*self.run.held_out, *self.run.trained]:
+            if caption := self.run.all_songs.caption(number):
+                captions[caption] = None
+            if len(captions) == 2:
+                break
         if not captions:
             raise UserError("the songs have no captions to render previews of; type previews.prompts=['warm jazz']")
-        return captions
+        return list(captions)
+
+    def are_missing(self, step: int) -> bool:
+        """Whether previews of a step are due, and were not there when the run was started."""
+        every_epochs = self.settings.every_epochs
+        return every_epochs is not None and self.run.is_due(step, every_epochs) and f"step_{step}" not in self._rendered
 
     def render_base(self) -> None:
-        """Render the base model, unless it was done before; doing it first shows early that rendering works."""
+        """Render the base model, unless it was done before; doing it first shows early that rendering works.
+
+        Raises:
+            UserError: if it does not.
+        """
         if 0 in self.settings.scales and _read(self.folder / "base").get("hash") != self._hash():
             log.info("rendering previews of the base model")
             self._render("base", None, [0.0], step=0)
 
     def render(self, adapter: Adapter, step: int, steps: StepLog) -> None:
-        """Render the adapter as it is at the end of a step; a card that is too small for it costs only the preview."""
-        name = f"epoch_{int(self.run.epoch_at(step))}"
+        """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview."""
+        name = f"step_{step}"
         log.info("rendering previews of step %d", step)
         try:
             self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step)
+            for folder in [self.folder / name] if self._base_shown else [self.folder / "base", self.folder / name]:
+                self._show(folder, steps, step)
+            self._base_shown = True
         except torch.OutOfMemoryError:
             log.warning(
                 "previews of step %d did not fit in memory; training goes on; use a smaller previews.seconds than %g",
                 step,
                 self.settings.seconds,
             )
-            return
-        for folder in (self.folder / "base", self.folder / name):
-            for preview in _read(folder).get("files", []):
-                samples, rate = soundfile.read(folder / preview["file"], dtype="float32", always_2d=True)
-                audio = torch.from_numpy(samples.T)
-                tag = f"previews/{Path(preview['file']).stem}"
-                steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
+        except (UserError, OSError) as error:
+            log.warning("there are no previews of step %d: %s; training goes on", step, error)
+
+    def _show(self, folder: Path, steps: StepLog, step: int) -> None:
+        """Put the music of a folder into TensorBoard."""
+        for preview in _read(folder).get("files", []):
+            samples, rate = soundfile.read(folder / preview["file"], dtype="float32", always_2d=True)
+            audio = torch.from_numpy(samples.T)
+            tag = f"previews/{Path(preview['file']).stem}"
+            steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
 
     def _render(self, name: str, adapter: Adapter | None, scales: Sequence[float], step: int) -> None:
         run = self.run
@@ -113,6 +135,8 @@ class Previews:
                 dtype=run.dtype,
                 folder=partial,
             )
+            if not files:
+                raise UserError(f"all music was made of numbers that are not finite in {run.dtype}")
             if saved is not None:
                 shutil.rmtree(saved)
             about = {"step": step, "epoch": round(run.epoch_at(step), 4), "hash": self._hash()}
@@ -169,6 +193,8 @@ def _empty_cache(device: torch.device) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     """The list of a folder's previews; empty if they were never finished."""
-    path = folder / MANIFEST
-    listed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return listed
+    try:
+        listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return listed if isinstance(listed, dict) else {}

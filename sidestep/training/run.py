@@ -2,6 +2,7 @@
 
 outputs/<name>/<run>/
     final/                        only the adapter: point players here
+    best/                         the same files, of the lowest held-out loss
     checkpoints/epoch_N, step_N/  the same files and training_state.pt
     runs/                         TensorBoard
     run.json  metrics.jsonl  train.log  .hydra/
@@ -14,6 +15,10 @@ import json
 import logging
 import math
 import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,11 @@ from torch import Tensor, nn
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.adapters import Adapter, SavedAdapter
-from sidestep.adapters.files import fingerprint_adapter, read_adapter
+from sidestep.adapters.files import fingerprint_adapter, read_adapter, saved_step
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import AttentionKernel, GradientCheckpointing, MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
-from sidestep.data.holdout import hold_out
+from sidestep.data.holdout import hold_out, lowest_places
 from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
@@ -41,6 +46,8 @@ from sidestep.training.forward import Forward
 from sidestep.training.memory import choose_checkpointing
 from sidestep.training.signals import Interrupted
 from sidestep.training.state import (
+    MANIFEST,
+    STATE,
     TrainingState,
     check_same_settings,
     checkpoint_folder,
@@ -57,6 +64,8 @@ log = logging.getLogger(__name__)
 
 PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
 """Settings that say where things lie and run; not written into adapters."""
+
+_PREVIEW = re.compile(r"step_(\d+)")
 
 
 @dataclass
@@ -81,7 +90,9 @@ class Run:
     trained: list[int]
     """Numbers, within ``all_songs``, of those to train on."""
     held_out: list[int]
-    """Numbers of those that are only evaluated."""
+    """Numbers of those that are not trained on."""
+    evaluated: list[int]
+    """Numbers of those, among the held-out ones, that are evaluated."""
     process: int
     num_processes: int
     record: RunRecord
@@ -199,6 +210,27 @@ class Run:
         }
         return json.loads(json.dumps(settings))  # enums become plain values
 
+    def validation_hash(self) -> str:
+        """Sixteen hex digits of everything that decides the held-out losses besides the adapter.
+
+        Losses with different ones cannot be compared; empty where no song is held out.
+        """
+        if not self.evaluated:
+            return ""
+        songs = [self.all_songs.songs[number] for number in self.evaluated]
+        decides = {
+            "format": 2,
+            "transformer": self.record.model["fingerprint"],
+            "constants": self.record.model["constants"],
+            "null_condition": _hash({}, self.null_condition.numpy().tobytes()),
+            "precision": self.precision,
+            "base_quantization": self.memory.base_quantization,
+            "seconds": self.config.validation.seconds,
+            "num_times": self.config.validation.num_times,
+            "songs": sorted(f"{song.latents} {song.conditions} {song.prompt}" for song in songs),
+        }
+        return _hash(decides, b"")
+
     def find_start(self) -> TrainingState | None:
         """Read the checkpoint to continue from, or None to start at step 0.
 
@@ -208,12 +240,14 @@ class Run:
         config = self.config
         newest = newest_checkpoint(self.output_dir)
         folder, state = newest if newest is not None else (None, None)
+        goes_back = False
         if config.resume_from is not None:
             # compared by name: rotation may have removed it since
             own = self._own_checkpoint(config.resume_from)
             if folder is None or (own is not None and own != self._own_checkpoint(self.record.went_back_to)):
                 folder = checkpoint_folder(Path(config.resume_from))
                 state = load_checkpoint(folder)
+                goes_back = own is not None
             else:
                 log.info("resume_from=%s was done before; going on from the newest checkpoint", config.resume_from)
         if folder is None or state is None:
@@ -237,7 +271,9 @@ class Run:
         self.record.resumed_from = str(folder)
         if self._own_checkpoint(str(folder)) is not None and self.process == 0:
             # only now that nothing can be refused any more
-            self._set_aside_after(state.step)
+            self._set_aside_after(state.step, goes_back=goes_back)
+            if goes_back:
+                self.record.run_id = _new_id()  # a service that was told of later steps takes no earlier ones
             if config.resume_from is not None:
                 self.record.went_back_to = str(Path(config.resume_from).resolve())
                 self.record.write()
@@ -276,6 +312,14 @@ class Run:
                 self.config.schedule.warmup_steps,
                 self.num_steps,
             )
+        for note in [*self.config.validation.without_effect(), *self.config.previews.without_effect()]:
+            log.warning("%s", note)
+        if len(self.evaluated) < len(self.held_out):
+            log.info(
+                "%d of the %d held-out songs are evaluated; validation.max_songs=null evaluates all",
+                len(self.evaluated),
+                len(self.held_out),
+            )
         seconds = sum(song.num_frames for song in self.dataset.own_songs) / FRAMES_PER_SECOND
         prior = len(self.dataset.prior_songs)
         log.info(
@@ -304,7 +348,6 @@ class Run:
         scaler: Any,
         *,
         ema: dict[str, Tensor],
-        validation: dict[str, Any],
     ) -> None:
         """Write the checkpoint of a step.
 
@@ -320,7 +363,6 @@ class Run:
             scaler=scaler.state_dict() if scaler is not None else {},
             settings=self.record.settings,
             ema=ema,
-            validation=validation,
         )
         if bad := [name for name, tensor in state.adapter.items() if not tensor.isfinite().all()]:
             raise UserError(
@@ -343,6 +385,34 @@ class Run:
         with replacing_folder(self.output_dir / folder) as partial:
             adapter.save(partial, self.metadata(step))
             write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
+
+    def restore_best(self, steps: Sequence[int], first_step: int) -> int:
+        """Let best/ hold the adapter of the first of some steps that is still there, in best/ or in a checkpoint.
+
+        A best/ of another step is moved to set_aside/, unless the run goes on from before it and will get there again.
+
+        Args:
+            steps: the one with the lowest held-out loss first.
+            first_step: that the run goes on from.
+
+        Returns:
+            The step; 0 if the adapter of none of them is there.
+        """
+        best = self.output_dir / "best"
+        there = saved_step(best)
+        checkpoints = dict(checkpoints_by_step(self.output_dir))
+        chosen = next((step for step in steps if step == there or step in checkpoints), 0)
+        if chosen and chosen == there:
+            return chosen
+        if there is not None and there <= first_step:
+            self._set_aside([best])
+        if chosen:
+            with replacing_folder(best) as partial:
+                for path in checkpoints[chosen].iterdir():
+                    if path.name not in (STATE, MANIFEST):
+                        shutil.copy2(path, partial)
+                write_card(partial, self.config, self.dataset, chosen, self.epoch_at(chosen))
+        return chosen
 
     def finish(self, adapter: Adapter, transformer: nn.Module, step: int, smoothed_loss: float) -> None:
         """Write final/, after checking that the files in it give what was trained; the adapter stays off.
@@ -401,18 +471,29 @@ class Run:
         }
         return {"sidestep": json.dumps(about, sort_keys=True)}
 
-    def _set_aside_after(self, step: int) -> None:
+    def _set_aside_after(self, step: int, *, goes_back: bool) -> None:
         """Move checkpoints past a step, and those without a readable manifest, out of the way.
 
         They were passed over or gone back from: the run must not end at one of them again, nor rotation count them.
+        Going back, best/, final_ema/ and previews of later steps go with them; final/, which players point at, stays
+        until the new one takes its place.
         """
         steps = {folder: number for number, folder in checkpoints_by_step(self.output_dir)}
-        for folder in checkpoint_folders(self.output_dir):
-            if steps.get(folder, math.inf) > step:
-                aside = self.output_dir / "set_aside" / now().replace(":", "")
-                aside.mkdir(parents=True, exist_ok=True)
-                os.replace(folder, aside / folder.name)
-                log.info("moved %s to %s", folder, aside)
+        later = [folder for folder in checkpoint_folders(self.output_dir) if steps.get(folder, math.inf) > step]
+        if goes_back:
+            adapters = [self.output_dir / name for name in ("best", "final_ema")]
+            later += [folder for folder in adapters if (saved_step(folder) or 0) > step]
+            previews = (self.output_dir / "previews").glob("step_*")
+            later += [path for path in previews if (number := _PREVIEW.fullmatch(path.name)) and int(number[1]) > step]
+        self._set_aside(later)
+
+    def _set_aside(self, folders: Sequence[Path]) -> None:
+        aside = self.output_dir / "set_aside" / now().replace(":", "")
+        for folder in folders:
+            target = aside / "previews" if folder.parent.name == "previews" else aside
+            target.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, target / folder.name)
+            log.info("moved %s to %s", folder, target)
 
 
 def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> Run:
@@ -476,6 +557,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         memory_gib=float(previous.get("memory_gib", 0.0)),
         train_seconds=float(previous.get("train_seconds", 0.0)),
         went_back_to=str(previous.get("went_back_to", "")),
+        run_id=str(previous.get("run_id") or _new_id()),
     )
     run = Run(
         config=config,
@@ -491,6 +573,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         all_songs=dataset,
         trained=trained,
         held_out=held_out,
+        evaluated=lowest_places(dataset.songs, held_out, config.validation.max_songs),
         process=int(os.environ.get("RANK", "0")),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         record=record,
@@ -499,6 +582,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     record.settings = run.training_settings()
     if config.resume is Resume.never and (before := checkpoint_folders(output_dir)):
         raise UserError(f"resume=never, but {before[-1]} exists; give this run another name=..., or leave resume out")
+    _check_same_split(run, previous)
     run.finished_loss = _finished_loss(run, previous)
     return run
 
@@ -560,6 +644,9 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
         return None
     check_same_settings(previous["settings"], run.record.settings, run.output_dir)
+    if run.held_out and not _is_evaluated(run, previous["validation"]):
+        log.info("%s was not evaluated as these settings of validation say; it is evaluated again", run.output_dir)
+        return None
     for key in ("shift", "num_inference_steps"):
         if (was := previous["config"].get(key)) != (now_set := getattr(run.config, key)):
             log.info("%s=%s was %s; %s is written again", key, now_set, was, final)
@@ -575,6 +662,38 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     if run.held_out:
         return float(previous["validation"]["best_loss"])
     return float(previous["smoothed_loss"])
+
+
+def _is_evaluated(run: Run, found: dict[str, Any]) -> bool:
+    """Whether the validation of a finished run is what it would be now."""
+    scales, tried = {f"{scale:g}" for scale in run.config.validation.scales}, found.get("scales")
+    return found.get("hash") == run.validation_hash() and isinstance(tried, dict) and scales == tried.keys()
+
+
+def _check_same_split(run: Run, previous: dict[str, Any]) -> None:
+    """Refuse to hold out other songs than before: the run may have learnt them.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    before = previous.get("config", {}).get("validation")
+    if not isinstance(before, dict) or not (previous.get("status") == "finished" or checkpoint_folders(run.output_dir)):
+        return
+    for key in ("fraction", "songs"):
+        was, value = before.get(key), getattr(run.config.validation, key)
+        if was != value and previous.get("dataset", {}).get("held_out") != run.record.dataset["held_out"]:
+            raise UserError(
+                f"{run.output_dir} was trained with validation.{key}={_typed(was)}, and {_typed(value)} would train "
+                f"on other songs and hold out others; type the former again, or give this run another name=..."
+            )
+
+
+def _typed(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
+
+
+def _new_id() -> str:
+    return secrets.token_hex(6)
 
 
 def _hash(values: dict[str, Any], data: bytes) -> str:

@@ -49,8 +49,6 @@ class TrainingState:
     """Those that decide the weights; a run with others must not continue from here."""
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     """The running mean of the adapter's weights; empty without one."""
-    validation: dict[str, Any] = field(default_factory=dict)
-    """The best evaluation so far, and how many were worse since; empty without held-out songs."""
 
 
 def save_checkpoint(folder: Path, state: TrainingState, write_adapter: Any) -> None:

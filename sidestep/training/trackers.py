@@ -18,11 +18,12 @@ class TrackingConfig:
     def check(self) -> None:
         """Refuse a service whose package is missing, before anything is loaded."""
 
-    def open(self, output_dir: Path, config: dict[str, Any]) -> Any:
+    def open(self, output_dir: Path, run_id: str, config: dict[str, Any]) -> Any:
         """Start one of Accelerate's trackers, or return None for no service.
 
         Args:
             output_dir: the run's folder, ``outputs/<name>/<run>``.
+            run_id: the same whenever the run goes on, and no other run's.
             config: every setting, flat.
         """
         return None
@@ -37,7 +38,7 @@ class TensorBoardOnly(TrackingConfig):
 @option("tracking", "wandb")
 @dataclass(kw_only=True)
 class WandbConfig(TrackingConfig):
-    """Weights & Biases, where a run that goes on goes on too."""
+    """Weights & Biases, where a run that goes on goes on too, and one that goes back begins anew."""
 
     project: str = "sidestep"
     """Project that the runs appear in."""
@@ -47,12 +48,12 @@ class WandbConfig(TrackingConfig):
     def check(self) -> None:
         _require("wandb")
 
-    def open(self, output_dir: Path, config: dict[str, Any]) -> Any:
+    def open(self, output_dir: Path, run_id: str, config: dict[str, Any]) -> Any:
         from accelerate.tracking import WandBTracker
 
         name = f"{output_dir.parent.name}-{output_dir.name}"
         tracker = WandBTracker(
-            self.project, name=name, id=name, resume="allow", entity=self.entity, dir=str(output_dir)
+            self.project, name=name, id=run_id, resume="allow", entity=self.entity, dir=str(output_dir)
         )
         tracker.start()
         tracker.store_init_configuration(config)
@@ -70,7 +71,7 @@ class MlflowConfig(TrackingConfig):
     def check(self) -> None:
         _require("mlflow")
 
-    def open(self, output_dir: Path, config: dict[str, Any]) -> Any:
+    def open(self, output_dir: Path, run_id: str, config: dict[str, Any]) -> Any:
         from accelerate.tracking import MLflowTracker
 
         tracker = MLflowTracker(self.experiment, run_name=f"{output_dir.parent.name}-{output_dir.name}")

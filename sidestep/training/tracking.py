@@ -137,6 +137,8 @@ class RunRecord:
     resumed_from: str = ""
     went_back_to: str = ""
     """The checkpoint of its own that resume_from took this run back to."""
+    run_id: str = ""
+    """What a tracking service knows this run by, drawn when it began."""
     final: dict[str, str] = field(default_factory=dict)
     """Hash of each file in final/."""
     stopped_early: bool = False

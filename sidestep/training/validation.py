@@ -4,8 +4,9 @@ Every held-out song is evaluated on one excerpt, at fixed times and with fixed n
 not by the run's seed. So two runs on the same dataset give numbers that differ only by what was learnt, and the
 difference to the base model is taken song by song, where the noise of the measurement cancels.
 
-    validation.jsonl    one line per evaluation
-    best/               the adapter of the best one, written by the run
+    validation.jsonl                 one line per evaluation, and all that a run that goes on needs to know of them
+    validation_base.safetensors      what the base model gives, so that it is measured once
+    best/                            the adapter of the best evaluation, written by the run
 
 Shapes: N songs, K times, T latent frames, C latent channels.
 """
@@ -16,19 +17,22 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.conditioning import context_latents
-from sidestep.adapters.files import attach_saved
+from sidestep.adapters.files import attach_saved, saved_step
 from sidestep.data.dataset import Example
-from sidestep.data.holdout import content_id, place_of
+from sidestep.data.holdout import content_id, lowest_places
+from sidestep.errors import UserError
+from sidestep.files import sync, write_tensors
 from sidestep.records import parse_json
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import Noising, VelocityLoss
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE = "validation.jsonl"
+FILE, BASE = "validation.jsonl", "validation_base.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,10 @@ class Evaluation:
     step: int
     epoch: float
     hash: str
-    """Of all that was evaluated: model, songs, excerpts and times. Losses with different hashes cannot be compared."""
+    """Of all that was evaluated, and in which precision. Losses with different hashes cannot be compared."""
     num_songs: int
     loss: float
-    """Mean squared error of the velocity, over songs and times."""
+    """Mean squared error of the velocity, over songs and times; nan where it was not finite."""
     base_loss: float
     """The same of the base model."""
     difference: float
@@ -88,7 +92,7 @@ class Evaluation:
 class Validation:
     """Evaluates a transformer on the held-out songs of a run.
 
-    Making one measures the base model, so the transformer must not carry an adapter yet.
+    Making one measures the base model, unless this run did before, so the transformer must not carry an adapter yet.
 
     Args:
         run: whose songs are evaluated and whose folder is written to.
@@ -104,48 +108,52 @@ class Validation:
         self.device = torch.device(accelerator.device.type) if run.device.type == "cpu" else accelerator.device
         settings = run.config.validation
         self.times = [(k + 0.5) / settings.num_times for k in range(settings.num_times)]
-        self.held_out = run.held_out
-        by_place = sorted(run.trained, key=lambda number: place_of(run.all_songs.songs[number]))
-        self.trained = sorted(by_place[: len(self.held_out)])
-        self.hash = self._hash()
+        self.held_out = run.evaluated
+        self.trained = lowest_places(run.all_songs.songs, run.trained, len(self.held_out))
+        self.hash = run.validation_hash()
         self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
+        self.last_step = 0
+        """That was evaluated."""
         self.last: Evaluation | None = None
-
-        self._base = self._losses(transformer, self.held_out)
-        self._train_base = self._losses(transformer, self.trained)
-        self._base_neutral = self._neutral_output(transformer)
-
-    def _hash(self) -> str:
-        """Sixteen hex digits of everything that decides the numbers besides the adapter."""
-        settings = self.run.config.validation
-        held_out = [self.run.all_songs.songs[number] for number in self.held_out]
-        songs = sorted(f"{song.latents} {song.conditions} {song.prompt}" for song in held_out)
-        what = ["1", self.run.record.model["fingerprint"], f"{settings.seconds:g}", str(settings.num_times), *songs]
-        return hashlib.sha256("\n".join(what).encode()).hexdigest()[:16]
+        base = self._measure_base(transformer)
+        self._base, self._train_base, self._base_neutral = base["losses"], base["train_losses"], base["neutral"]
 
     # how far a run came
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in plain values."""
-        kept = {"best_loss": self.best_loss, "best_step": self.best_step, "num_worse": self.num_worse}
-        return {"hash": self.hash, **kept}
 
     def summary(self) -> dict[str, Any]:
         """What ``run.json`` says."""
         assert self.last is not None
         last = {key: getattr(self.last, key) for key in ("num_songs", "loss", "base_loss", "difference", "train_loss")}
-        return {"hash": self.hash, "best_loss": self.best_loss, "best_step": self.best_step, **last}
+        best = {"best_loss": self.best_loss if self.best_step else None, "best_step": self.best_step}
+        return {"hash": self.hash, **best, **last}
 
-    def restore(self, state: Mapping[str, Any], first_step: int) -> None:
-        """Go on from a checkpoint of step ``first_step``."""
+    def restore(self, first_step: int) -> None:
+        """Go on from a checkpoint of step ``first_step``: read what was found up to it, and see to best/."""
         if self.accelerator.is_main_process:
             drop_later_lines(self.run.output_dir / FILE, first_step)
-        if state.get("hash") == self.hash:
-            self.best_loss, self.best_step, self.num_worse = (
-                state[key] for key in ("best_loss", "best_step", "num_worse")
-            )
-        elif state:
-            log.info("validation is not what it was when the checkpoint was written; looking for the best loss anew")
+            before = [row for row in _read_rows(self.run.output_dir) if row.hash == self.hash]
+            by_loss = sorted((row for row in before if math.isfinite(row.loss)), key=lambda row: row.loss)
+            self.best_step = self.run.restore_best([row.step for row in by_loss], first_step)
+            for row in by_loss:
+                if row.step == self.best_step:
+                    self.best_loss = row.loss
+            if by_loss and self.best_step != (gone := by_loss[0]).step:
+                log.warning("the adapter of step %d, with the lowest loss so far, %.4f, is gone", gone.step, gone.loss)
+            self.num_worse = sum(row.step > self.best_step for row in before)
+            if before:
+                self.last = before[-1]
+                self.last_step = self.last.step
+                self.run.record.validation = self.summary()
+        if self.accelerator.num_processes > 1:
+            known = [self.best_loss, self.best_step, self.num_worse, self.last_step]
+            from accelerate.utils import broadcast
+
+            told = broadcast(torch.tensor(known, dtype=torch.float64, device=self.device)).tolist()
+            self.best_loss, (self.best_step, self.num_worse, self.last_step) = told[0], map(int, told[1:])
+
+    def is_missing(self, step: int) -> bool:
+        """Whether an evaluation of the step that the run goes on from is due and was not made."""
+        return self.last_step != step and self.run.is_due(step, self.run.config.validation.every_epochs)
 
     @property
     def gave_up(self) -> bool:
@@ -155,13 +163,48 @@ class Validation:
 
     # measuring
 
-    def evaluate(self, transformer: nn.Module, step: int, mean: WeightMean | None = None) -> Evaluation:
-        """Measure the transformer with its adapter at the end of a step, and remember whether it is the best so far."""
+    def _measure_base(self, transformer: nn.Module) -> dict[str, Tensor]:
+        """Give the losses of the base model, (N, K) each, and its output without words; read where they are known."""
+        path, device = self.run.output_dir / BASE, self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        trained = [self.run.all_songs.songs[number].latents for number in self.trained]
+        decides = [self.hash, trained, name, self.run.memory.batch_size, self.run.record.versions]
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        known = _read_base(path, key)
+        knowing = self.accelerator.reduce(torch.tensor(int(known is not None), device=self.device), "sum")
+        if known is not None and knowing == self.accelerator.num_processes:
+            return known
+        log.info("evaluating the base model on %d held-out songs", len(self.held_out))
+        measured = {
+            "losses": self._losses(transformer, self.held_out),
+            "train_losses": self._losses(transformer, self.trained),
+            "neutral": self._neutral_output(transformer),
+        }
+        if self.accelerator.is_main_process:
+            write_tensors(path, {name: tensor.contiguous() for name, tensor in measured.items()}, {"key": key})
+        return measured
+
+    def evaluate(
+        self,
+        transformer: nn.Module,
+        step: int,
+        mean: WeightMean | None = None,
+        between_songs: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Measure the transformer with its adapter at the end of a step, and remember whether it is the best so far.
+
+        Args:
+            transformer: with its adapter.
+            step: the one just done.
+            mean: of the adapter's weights, measured too.
+            between_songs: called before every song, equally often in every process; may raise to leave.
+        """
         ema_loss = None
         if mean is not None:
             with mean.in_place():
-                ema_loss = self._losses(transformer, self.held_out).mean().item()
-        losses, trained = self._losses(transformer, self.held_out), self._losses(transformer, self.trained)
+                ema_loss = self._losses(transformer, self.held_out, between_songs).mean().item()
+        losses = self._losses(transformer, self.held_out, between_songs)
+        trained = self._losses(transformer, self.trained, between_songs)
         difference = (losses - self._base).mean(dim=1)  # (N,)
         num_songs = len(difference)
         neutral = self._neutral_output(transformer)
@@ -183,13 +226,14 @@ class Validation:
             drift=(change / size).item(),
             ema_loss=ema_loss,
         )
+        self.last_step = step
         if self.last.loss < self.best_loss:
             self.best_loss, self.best_step, self.num_worse = self.last.loss, step, 0
         else:
             self.num_worse += 1
         if self.accelerator.is_main_process:
             drop_later_lines(self.run.output_dir / FILE, step - 1)  # a run that is finished again looks again
-            _append(self.run.output_dir / FILE, asdict(self.last))
+            _append(self.run.output_dir / FILE, self.last)
         error = f" +- {self.last.difference_error:.4f} over {num_songs} songs" if num_songs > 1 else ""
         log.info(
             "step %d: held-out loss %.4f, base model %.4f, difference %+.4f%s; training songs %.4f%s",
@@ -204,29 +248,44 @@ class Validation:
         return self.last
 
     def conclude(self, transformer: nn.Module) -> None:
-        """Say which checkpoint and which strength look best; for the main process, when the adapter was taken off."""
-        assert self.last is not None
+        """Say which checkpoint and which strength look best; called by every process, when the adapter was taken off.
+
+        Raises:
+            UserError: if best/ is not what this run wrote.
+        """
+        best = self.run.output_dir / "best"
         scales = {}
-        for scale in self.run.config.validation.scales:
+        for scale in self.run.config.validation.scales if self.best_step else []:
+            if (step := saved_step(best)) != self.best_step:
+                raise UserError(
+                    f"{best} should be the adapter of step {self.best_step}, and is that of {step}; something else "
+                    f"wrote there while this run trained; {self.run.output_dir / 'final'} is as it should be"
+                )
             # training may have left too little memory for the changes of all layers
-            applied = attach_saved(transformer, self.run.output_dir / "best", scale, keep=False)
-            scales[scale] = self._losses(transformer, self.held_out, shared=False).mean().item()
+            applied = attach_saved(transformer, best, scale, keep=False)
+            scales[scale] = self._losses(transformer, self.held_out).mean().item()
             applied.detach()
-        for line in verdict(self.last, self.best_step, self.best_loss, scales):
-            log.info("%s", line)
-        self.run.record.validation = self.summary() | {"scales": {f"{scale:g}": loss for scale, loss in scales.items()}}
-        self.run.record.write()
+        if self.accelerator.is_main_process:
+            assert self.last is not None
+            for line in verdict(self.last, self.best_step, self.best_loss, scales):
+                log.info("%s", line)
+            self.run.record.validation = self.summary() | {"scales": {f"{s:g}": loss for s, loss in scales.items()}}
+            self.run.record.write()
 
     @torch.no_grad()
-    def _losses(self, transformer: nn.Module, songs: Sequence[int], *, shared: bool = True) -> Tensor:
-        """Loss of each song at each time, (N, K) float64; if shared, every process evaluates some of the songs."""
-        process, num_processes = (self.accelerator.process_index, self.accelerator.num_processes) if shared else (0, 1)
+    def _losses(
+        self, transformer: nn.Module, songs: Sequence[int], between_songs: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Loss of each song at each time, (N, K) float64; every process evaluates some of the songs."""
+        process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         losses = torch.zeros(len(songs), len(self.times), dtype=torch.float64)
         was_training = transformer.training
         transformer.eval()
         with self.accelerator.autocast():
-            for row in range(process, len(songs), num_processes):
-                losses[row] = self._song_losses(transformer, songs[row])
+            for first in range(0, len(songs), num_processes):
+                between_songs()
+                if (row := first + process) < len(songs):
+                    losses[row] = self._song_losses(transformer, songs[row])
         transformer.train(was_training)
         if num_processes > 1:
             losses = self.accelerator.reduce(losses.to(self.device), "sum").cpu()
@@ -301,12 +360,42 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def _read_rows(folder: Path) -> list[Evaluation]:
+    """Every evaluation of a run that can be understood, oldest first."""
+    names = {field.name for field in fields(Evaluation)}
+    rows = []
+    for row in read_evaluations(folder):
+        losses = {key: row.get(key) for key in ("loss", "base_loss", "difference", "train_loss", "train_base_loss")}
+        if row.keys() != names or not all(isinstance(loss, float | None) for loss in losses.values()):
+            continue
+        if isinstance(row["step"], int) and isinstance(row["num_songs"], int):
+            finite = {key: math.nan if loss is None else loss for key, loss in losses.items()}  # JSON has no NaN
+            rows.append(Evaluation(**{**row, **finite}))
+    return rows
+
+
+def _append(path: Path, evaluation: Evaluation) -> None:
     finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(evaluation).items()
     }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite) + "\n")
+    sync(path)
+
+
+def _read_base(path: Path, key: str) -> dict[str, Tensor] | None:
+    """What was measured of the base model; None if it is not there, damaged, or of something else."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            return {name: file.get_tensor(name) for name in ("losses", "train_losses", "neutral")}
+    except (SafetensorError, OSError) as error:
+        log.warning("%s cannot be read (%s); the base model is evaluated again", path, error)
+        return None
 
 
 def verdict(evaluation: Evaluation, best_step: int, best_loss: float, scales: Mapping[float, float]) -> list[str]:
@@ -318,21 +407,22 @@ def verdict(evaluation: Evaluation, best_step: int, best_loss: float, scales: Ma
         best_loss: what it was there.
         scales: loss of the best adapter at each strength.
     """
+    if not best_step:
+        return ["no evaluation gave a finite loss, so there is no best/; use a lower optim.lr"]
     lines = []
-    if best_loss >= evaluation.base_loss:
+    train = f"that of training songs is {evaluation.train_loss:.4f} (base model {evaluation.train_base_loss:.4f})"
+    learns = evaluation.train_loss < evaluation.train_base_loss  # not so if it is nan
+    if best_loss < evaluation.base_loss:
+        lines.append(f"best/ is step {best_step}: held-out loss {best_loss:.4f}, base model {evaluation.base_loss:.4f}")
+    else:
+        advice = "train longer, or on more songs" if learns else "use a lower optim.lr"
         lines.append(
             f"no step predicts the held-out songs better than the base model "
-            f"({best_loss:.4f} at step {best_step}, base model {evaluation.base_loss:.4f}); "
-            f"train longer, or with another optim.lr"
+            f"({best_loss:.4f} at step {best_step}, base model {evaluation.base_loss:.4f}); {train}: {advice}"
         )
-    else:
-        lines.append(f"best/ is step {best_step}: held-out loss {best_loss:.4f}, base model {evaluation.base_loss:.4f}")
-    if evaluation.loss > best_loss and evaluation.train_loss < evaluation.train_base_loss:
-        lines.append(
-            f"since then the held-out loss rose to {evaluation.loss:.4f} while that of training songs is "
-            f"{evaluation.train_loss:.4f} (base model {evaluation.train_base_loss:.4f}): the adapter is learning its "
-            f"songs by heart"
-        )
+    if not evaluation.loss <= best_loss:
+        why = "the adapter is learning its songs by heart" if learns else "training diverged; use a lower optim.lr"
+        lines.append(f"since then the held-out loss rose to {evaluation.loss:.4f} while {train}: {why}")
     if scales:
         scale, loss = min(scales.items(), key=lambda item: item[1])
         tried = ", ".join(f"{s:g}: {value:.4f}" for s, value in scales.items())
