@@ -2,7 +2,8 @@
 
 dataset.json        of ACE-Step's or Side-Step's dataset builder: {"metadata": ..., "samples": [...]} or the list
 metadata.csv/jsonl  of Hugging Face's audiofolder, in any folder of songs; file_name names the song
-*.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Traktor, Mixed In Key, Mixxx, ...), with a head line
+*.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Mixed In Key, Mixxx, ...), with a head line
+*.nml               of Traktor
 songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sidestep.data.traktor import read_nml
 from sidestep.data.words import FILE_KEYS, convert
 from sidestep.errors import UserError
 
@@ -95,6 +97,9 @@ def read_table(path: Path) -> Table:
         return _read_jsonl(path, text)
     if suffix == ".json":
         return _read_json(path, text)
+    if suffix == ".nml":
+        tracks = read_nml(text, str(path))
+        return Table(path, [Entry(track, f"{path} track {number}") for number, track in enumerate(tracks, start=1)])
     return _read_csv(path, text)
 
 
