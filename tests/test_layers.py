@@ -21,6 +21,7 @@ LAYERS = [
         "seeds",
         "devices",
         "config.schema",
+        "captioner",
         "config.cluster",
         "config.data",
         "config",

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sidestep.captioner import OpenAIConfig
+from sidestep.config.data import SongsConfig
 from sidestep.config.gate import conf_dir, read_profiles
 from sidestep.config.help import field_docs
 from sidestep.config.naming import run_name
@@ -228,12 +230,19 @@ def test_help_shows_every_group_with_its_options_and_documents_what_matters(comm
 
 
 @pytest.mark.parametrize(
-    "cls", [TrainConfig, PreprocessConfig, *[type(getattr(train_config(f"{g}={n}"), g)) for g, n in OPTIONS]]
+    "cls",
+    [
+        TrainConfig,
+        PreprocessConfig,
+        SongsConfig,
+        OpenAIConfig,
+        *[type(getattr(train_config(f"{g}={n}"), g)) for g, n in OPTIONS],
+    ],
 )
 def test_every_setting_is_explained(cls):
     assert field_docs(cls).keys() >= cls.__dataclass_fields__.keys()
 
 
 def test_conf_has_no_unused_folder():
-    used = {*GROUPS, "experiment", "sweep", "cluster", "hydra", "local"}
+    used = {*GROUPS, "captioner", "experiment", "sweep", "cluster", "hydra", "local"}
     assert {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} <= used

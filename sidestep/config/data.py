@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from sidestep.captioner import CaptionerConfig
 from sidestep.config.schema import root
 from sidestep.errors import UserError
 
@@ -86,8 +87,14 @@ class SongsConfig:
     """Make this the custom tag of the songs."""
     remove_tag: str = ""
     """Take this custom tag from the songs, and out of their captions, where it stands between commas."""
+    captioner: CaptionerConfig = MISSING
+    """Who writes captions and lyrics that are missing; nobody, unless one is chosen."""
     fill: bool = False
     """Take genre, tempo, key and lyrics that are missing from the tags inside the files."""
+    estimate: bool = False
+    """Estimate the tempo and key of songs that have none from their sound; takes pip install 'sidestep[analysis]'."""
+    cache_dir: str = "~/.cache/sidestep"
+    """Folder that remembers estimates and a captioner's answers, so that nothing is heard or asked twice."""
     write: bool = False
     """Write audio_dir/songs.jsonl; without this nothing is written."""
 

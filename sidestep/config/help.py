@@ -54,7 +54,7 @@ IMPORTANT = {
         "tile_seconds",
     ],
     "analyze": ["dataset_dir", "checkpoint_dir", "output", "target_modules", "rank", "max_rank", "num_examples"],
-    "songs": ["audio_dir", "metadata_file", "file_tags", "only", "add_tag", "remove_tag", "fill", "write"],
+    "songs": ["audio_dir", "metadata_file", "file_tags", "only", "add_tag", "remove_tag", "fill", "estimate", "write"],
     "export": [
         "adapter_dir",
         "format",
@@ -106,7 +106,9 @@ EXAMPLES = {
     "songs": (
         "python -m sidestep.songs audio_dir=songs",
         "python -m sidestep.songs audio_dir=songs add_tag=mystyle only='live/*'",
-        "python -m sidestep.songs audio_dir=songs fill=true write=true",
+        "python -m sidestep.songs audio_dir=songs fill=true estimate=true write=true",
+        "python -m sidestep.songs audio_dir=songs captioner=openai captioner.url=http://localhost:8000/v1 "
+        "captioner.model=my-model",
     ),
     "generate": (
         'python -m sidestep.generate adapter_dir=outputs/first/lokr-base/final prompt="warm jazz, soft drums"',

@@ -11,7 +11,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from sidestep.captioner import ModelConfig
 from sidestep.config.data import SongsConfig
+from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
 from sidestep.data.songs import SongList, printable, read_songs
 from sidestep.data.tables import SONGS
@@ -22,7 +24,7 @@ from sidestep.files import write_text
 
 KEYS = (
     "caption", "genre", "lyrics", "is_instrumental", "bpm", "keyscale", "timesignature", "language", "custom_tag",
-    "prompt_override", "repeat", "weight",
+    "prompt_override", "repeat", "weight", "estimated",
 )  # fmt: skip
 """What a line of songs.jsonl may hold besides the file, in this order; what has its default is left out."""
 
@@ -40,9 +42,13 @@ def list_songs(config: SongsConfig) -> SongList:
     table = None if config.metadata_file is None else Path(config.metadata_file)
     listing = read_songs(audio_dir, metadata_file=table, file_tags=config.file_tags)
     before = {song.name: dataclasses.replace(song) for song in listing.songs}
-    for song in listing.songs:
-        if fnmatchcase(song.name, config.only):
-            _edit(song, config)
+    chosen = [song for song in listing.songs if fnmatchcase(song.name, config.only)]
+    for song in chosen:
+        _edit(song, config)
+    if config.estimate:
+        listing.notes += estimate(chosen, Path(config.cache_dir))
+    if isinstance(config.captioner, ModelConfig):
+        listing.notes += ask(chosen, config.captioner, Path(config.cache_dir))
     for song in listing.songs:
         _print_song(song, before[song.name])
     _print_faults(listing)
@@ -120,6 +126,7 @@ def _print_song(song: Song, before: Song) -> None:
     about.append(f"tag {song.custom_tag}" if song.custom_tag else "")
     about.append(f"repeat {song.repeat}" if song.repeat != 1 else "")
     about.append(f"weight {song.weight:g}" if song.weight != 1 else "")
+    about.append(f"estimated: {', '.join(song.estimated)}" if song.estimated else "")
     print(printable(f"{song.name}: {' | '.join(part for part in about if part)}"))
     old, new = as_line(before), as_line(song)
     for key in KEYS:

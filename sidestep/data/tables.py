@@ -44,6 +44,7 @@ COLUMNS = {
     "prompt_override": ("prompt_override",),
     "repeat": ("repeat", "repeats"),
     "weight": ("weight",),
+    "estimated": ("estimated",),
 }  # fmt: skip
 """Key of an entry -> what programs call it, in any case; of several, the first that has a value counts."""
 

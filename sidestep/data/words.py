@@ -11,6 +11,7 @@ from typing import Any
 
 from sidestep.data.lyrics import TimedLine, parse_lrc, parse_sections, untimed
 
+ESTIMATED = ("caption", "lyrics", "bpm", "keyscale")
 TAG_POSITIONS = ("prepend", "append", "replace")
 
 ALIASES = {
@@ -58,6 +59,8 @@ class Song:
     """How often the song comes in an epoch."""
     weight: float = 1.0
     """What its loss is multiplied by."""
+    estimated: list[str] = field(default_factory=list)
+    """Keys whose values nobody wrote: they were heard by an analysis or a model."""
     prompt: str = "caption"
     """Which of "caption" and "genre" the song trains on."""
     source: str = "file name"
@@ -104,6 +107,8 @@ def merge(
         song.is_instrumental = False  # lyrics beside the song win over a mark further away
     if "caption" in given:
         song.source = source
+    marked = given.pop("estimated", [])
+    song.estimated = sorted({*marked, *(key for key in song.estimated if key not in given)})
     for key, value in given.items():
         setattr(song, key, value)
     return replaced
@@ -222,6 +227,13 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
     return conversion
 
 
+def _estimated(value: Any) -> list[str]:
+    names = [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(","))]
+    if not set(names) <= set(ESTIMATED):
+        raise ValueError(f"some of {', '.join(ESTIMATED)}")
+    return names
+
+
 SONG_KEYS: dict[str, Callable[[Any], Any]] = {
     "caption": _text,
     "genre": _line,
@@ -236,6 +248,7 @@ SONG_KEYS: dict[str, Callable[[Any], Any]] = {
     "prompt_override": _one_of(("caption", "genre")),
     "repeat": _repeat,
     "weight": _weight,
+    "estimated": _estimated,
 }
 """What a source may say about one song, and what makes a value of it."""
 FILE_KEYS: dict[str, Callable[[Any], Any]] = {
