@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
 from sidestep.files import hashes_of, keep_others, replacing_folder
+from sidestep.processes import slurm_job
 from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
@@ -268,6 +270,7 @@ class Run:
         )
         record = self.record
         record.status, record.started = "running", now()
+        record.host, record.process, record.job = socket.gethostname(), os.getpid(), slurm_job()
         record.step, record.num_steps = first_step, self.num_steps
         record.write()
 
