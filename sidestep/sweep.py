@@ -135,7 +135,7 @@ def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], 
         composed.hydra.job.id = composed.hydra.job.num = number
     if composed.hydra.sweep.dir != config.hydra.sweep.dir:
         raise UserError(
-            f"the points of one sweep would lie in {config.hydra.sweep.dir} and {composed.hydra.sweep.dir}; "
+            f"a sweep has one folder, {config.hydra.sweep.dir}, and {composed.hydra.sweep.dir} would be another; "
             f"type one command for each"
         )
     return str(composed.hydra.sweep.subdir)
@@ -143,9 +143,8 @@ def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], 
 
 def _are_one_point(one: Sequence[str], other: Sequence[str], folder: Path) -> str:
     differ = [" ".join(o for o in point if o not in against) for point, against in ((one, other), (other, one))]
-    if not any(differ):
-        return f"{' '.join(one)} is there twice; leave one of them out"
-    return f"{' and '.join(differ)} are the same point, {folder}; leave one of them out, or type another command for it"
+    what = " and ".join(differ) if any(differ) else f"{' '.join(one)}, which is there twice,"
+    return f"{what} would share the folder {folder}; leave one of them out, or type another command for it"
 
 
 def _is_grid(sweeper: DictConfig) -> bool:
