@@ -298,7 +298,7 @@ def wait_for(sweep_dir: Path, jobs: set[str]) -> None:
             if not still:
                 return
         time.sleep(pause)
-        pause = min(1.2 * pause, SLOWEST_POLL)
+        pause = min(1.05 * pause, SLOWEST_POLL)  # a twentieth of the time that was waited already
 
 
 @contextlib.contextmanager

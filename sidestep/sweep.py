@@ -190,7 +190,7 @@ def record_point(run: Callable[[], Any]) -> Any:
             _refuse_if_busy(before, attempt, folder)
         attempt.write(folder)
     began = time.monotonic()
-    result = None
+    result, may_be_alone = None, False
     try:
         result = run()
         attempt.status = "finished"
@@ -205,6 +205,8 @@ def record_point(run: Callable[[], Any]) -> Any:
         attempt.error = f"ended with exit code {stop.code}; see {folder}" if stop.code else ""
     except Exception as error:
         attempt.status, attempt.error = "failed", _line(error)
+        # out of memory, or cut off from another process; a setting or a loss is refused by all of them
+        may_be_alone = "WORLD_SIZE" in os.environ and isinstance(error.__cause__, RuntimeError)
     finally:
         attempt.objective = float(result) if isinstance(result, int | float) and math.isfinite(result) else None
         attempt.ended, attempt.seconds = now(), round(attempt.seconds + time.monotonic() - began, 1)
@@ -214,6 +216,8 @@ def record_point(run: Callable[[], Any]) -> Any:
         if rank() == 0:
             attempt.write(folder)
             update_tables(folder.parent)
+    if may_be_alone and not attempt.job:
+        sys.exit(1)  # the others wait in the middle of a step, and torchrun ends them
     if attempt.status == "failed":
         # not where it was caught: the error holds on to the model it came from, and Hydra to the one that is raised
         _free_memory()

@@ -119,10 +119,12 @@ def state_of(env: dict[str, str], job: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: dict[str, str], places: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run has begun that needs much longer than the minute that its job may take."""
+    """Where a run has begun that needs much longer than the minute that its job may take; others go before it."""
     folder = tmp_path_factory.mktemp("limited")
+    nice = f"cluster.python='nice -n 19 {sys.executable}'"
     limit = ["cluster.time_minutes=1", "cluster.signal_seconds=40", "cluster.wait=false", "max_steps=1000000"]
-    finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, "cluster.sbatch=['--nodelist=mini3']"))
+    finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, nice, "cluster.sbatch=['--nodelist=mini3']"))
+    until(lambda: "step 5 of" in log_of(folder / "parts"), "a step, before the signal and with the machine for itself")
     return folder
 
 
