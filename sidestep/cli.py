@@ -94,12 +94,12 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(explain(error, command, typed.overrides))
     except ValueError as error:
         if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them
             raise
         sys.exit("no point was finished, so none is the best")
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(explain(error, command, typed.overrides))
 
 
 def _check(command: str, root: type[Any], typed: Any) -> None:

@@ -208,6 +208,15 @@ def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
     assert not list(tmp_path.glob("outputs/*/*"))
 
 
+def test_parts_are_all_that_several_values_make_of_a_dataset(tmp_path):
+    code, text = run(tmp_path, "-m", "audio_dir=songs", "dataset_dir=d", "genre_ratio=1,2", command="preprocess")
+    assert code == 1
+    assert "genre_ratio=1 and genre_ratio=2 would share the folder d/logs/shard-None-of-None" in text
+    code, text = run(tmp_path, "-m", "audio_dir=songs", "dataset_dir=a,b", command="preprocess")
+    assert code == 1
+    assert text.startswith("dataset_dir decides where a sweep lies")
+
+
 def test_jobs_of_an_earlier_command_stay_in_the_plan_while_they_are_in_the_queue(tmp_path, monkeypatch):
     monkeypatch.setattr(sidestep.sweep, "queued_jobs", lambda: {"7": "PENDING"})
     points = [PlannedPoint(overrides=[f"seed={n}"], job=job, folder=f"seed{n}") for n, job in ((1, "7"), (2, "8"))]

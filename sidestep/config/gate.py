@@ -136,6 +136,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         typed = error.override
         key, _, value = typed.partition("=")
         return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
+    if (several := re.search(r"Missing mandatory value: (\w+)", text)) and "hydra.sweep.dir" in text:
+        return f"{several.group(1)} decides where a sweep lies, and a sweep has one folder; type one command for each"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(unknown.group(1).lstrip("+~"), command, overrides)
     if bad_value := re.search(r"Error merging override (\S+)", text):
