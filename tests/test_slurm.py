@@ -119,9 +119,9 @@ def state_of(env: dict[str, str], job: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: dict[str, str], places: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run has begun that needs much longer than the minute that its job may take; the second test ends it."""
+    """Where a run has begun that needs longer than the two minutes that its job may take; the second test ends it."""
     folder = tmp_path_factory.mktemp("limited")
-    limit = ["cluster.time_minutes=1", "cluster.signal_seconds=40", "cluster.wait=false", "max_steps=1000000"]
+    limit = ["cluster.time_minutes=2", "cluster.signal_seconds=60", "cluster.wait=false", "max_steps=1000000"]
     finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, "cluster.sbatch=['--nodelist=mini3']"))
     return folder
 
@@ -152,7 +152,7 @@ def test_a_run_on_two_nodes_that_is_preempted_twice_ends_with_the_same_weights(s
 
 
 def test_a_run_that_needs_longer_than_its_job_may_goes_on_in_a_new_one(slurm, limited, places):
-    """A real time limit of one minute: Slurm sends the signal, the run saves, and the same job begins again."""
+    """A real time limit: a minute before it Slurm sends the signal, the run saves, and the same job begins again."""
     until(lambda: "going on in a new job" in log_of(limited / "parts"), "the signal before the time limit")
     until(lambda: "continuing from" in log_of(limited / "parts"), "the second job")
     run = only_run(limited / "parts")
