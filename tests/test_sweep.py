@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 import sidestep.sweep
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.errors import PointFailed, UserError
+from sidestep.report import report_command
 from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_plan, read_point
 from sidestep.sweep import record_point
 from sidestep.times import now
+from tests.factories import report_config
 from tests.forked import run, start
 
 QUICK = [
@@ -162,6 +164,20 @@ def test_a_failed_point_does_not_keep_its_model_alive(point_dir):
     assert read_point(point_dir).error == "the device ran out of memory"
 
 
+def test_what_one_of_several_processes_may_fail_of_alone_ends_the_sweep(point_dir, monkeypatch):
+    """The others would wait for it in the middle of a step; a setting is refused by all of them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def fail(cause: Exception) -> None:
+        raise UserError("too much") from cause
+
+    with pytest.raises(PointFailed):
+        record_point(lambda: fail(ValueError("of a setting")))
+    with pytest.raises(SystemExit):
+        record_point(lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
+    assert read_point(point_dir).error == "too much"
+
+
 def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
     def train() -> float:
         (point_dir / "run.json").write_text(json.dumps({"status": "finished", "finished": "2026-11-22T10:00:00Z"}))
@@ -272,6 +288,15 @@ def test_of_many_points_the_terminal_shows_the_best_and_counts_the_rest(tmp_path
     assert [line.split()[0] for line in lines[1:4]] == ["seed59", "seed58", "seed57"]
     assert "50 more" in lines[-2]
     assert lines[-1] == "60 finished"
+
+
+def test_a_report_writes_the_tables_of_a_sweep_anew(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    PointRecord(overrides=["seed=1"], status="finished", objective=0.5).write(tmp_path / "a")
+    (tmp_path / "sweep.json").write_text("[]")
+    report_command(report_config(f"sweep_dir={tmp_path}", "format=table"))
+    assert "1 finished" in capsys.readouterr().out
+    assert [row["status"] for row in json.loads((tmp_path / "sweep.json").read_text())] == ["finished"]
 
 
 def test_points_that_were_evaluated_differently_are_not_ranked(tmp_path):
