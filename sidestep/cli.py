@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from sidestep.config.gate import (
     explain,
     launches_sweep,
     to_dataclass,
+    with_params,
 )
 from sidestep.config.help import help_page
 from sidestep.config.naming import swept_keys
 from sidestep.errors import PointFailed, UserError
-from sidestep.processes import join_processes
+from sidestep.processes import join_processes, rank
 from sidestep.sweep import end_sweep, record_point
 from sidestep.training.signals import Interrupted
 
@@ -83,7 +85,8 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except PointFailed:
-        sys.exit(1)  # the table that follows says which, and why
+        if rank() == 0:  # torchrun ends the others with the first that fails, and process 0 has a table to print
+            sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     except UserError as error:
@@ -93,6 +96,10 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
         sys.exit(128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(explain(error, command, typed.overrides))
+    except ValueError as error:
+        if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them
+            raise
+        sys.exit("no point was finished, so none is the best")
 
 
 def _check(command: str, root: type[Any], typed: Any) -> None:
@@ -106,7 +113,9 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
     # of a sweep only names and types, and only of one point: a bad point must not stop the others
     overrides += [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
     check_keys(compose_or_explain(name, overrides), root)
-    if swept := swept_keys(typed.overrides):
+    searched = [o for o in overrides if o.startswith("hydra.searchpath=")]
+    swept = swept_keys(with_params(name, [*searched, *typed.overrides]))
+    if swept and "swept" in {field.name for field in fields(root)}:
         sys.argv.append(f"swept=[{','.join(swept)}]")
 
 

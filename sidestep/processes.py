@@ -54,6 +54,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def slurm_job() -> str:
+    """Number of the Slurm job that this process belongs to, as ``squeue`` shows it; empty outside of one."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
 def check_together(facts: Mapping[str, Any]) -> None:
     """Compare what the processes of a run know, before any of them trains.
 

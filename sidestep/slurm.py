@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from hydra.core.singleton import Singleton
@@ -30,17 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.config.cluster import SlurmConfig
 from sidestep.errors import PointFailed, UserError
-from sidestep.processes import rank
-from sidestep.reporting.runs import (
-    Plan,
-    PlannedPoint,
-    PointRecord,
-    queued_jobs,
-    read_plan,
-    read_point,
-    same_point,
-)
-from sidestep.sweep import slurm_job, update_tables
+from sidestep.processes import rank, slurm_job
+from sidestep.records import parse_record
+from sidestep.reporting.runs import PlannedPoint, PointRecord, objective_of, queued_jobs, read_plan, read_point
+from sidestep.sweep import add_to_plan, update_tables
 from sidestep.times import now
 from sidestep.training.signals import Interrupted
 
@@ -92,7 +84,8 @@ class SlurmJob:
         Raises:
             PointFailed: so that the job fails in Slurm, too.
         """
-        signal.signal(signal.SIGUSR2, _requeue_at_once)
+        most = self.cluster.max_requeues
+        signal.signal(signal.SIGUSR2, lambda *_: requeue(most))  # before a run has begun to train, nothing is to save
         Singleton.set_state(state)
         setup_globals()
         config = self.point_config(overrides)
@@ -109,7 +102,11 @@ class SlurmJob:
         except Interrupted as stop:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
             if stop.received == signal.SIGUSR2:
-                requeue(self.cluster.max_requeues)
+                try:
+                    requeue(most)
+                except UserError as error:
+                    _write_failure(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir, str(error))
+                    raise PointFailed(str(error)) from None
             else:  # a preempted job is requeued by Slurm only if it is still there, and a cancelled one is ended
                 time.sleep(600)
             raise
@@ -118,25 +115,31 @@ class SlurmJob:
             raise done._return_value
 
 
-def _requeue_at_once(number: int, frame: FrameType | None) -> None:
-    """Before a run has begun to train there is nothing to save."""
-    requeue(sys.maxsize)
-
-
 def requeue(max_requeues: int) -> None:
     """Ask Slurm to start this job again, which it does in the same folder; the process ends.
 
     Raises:
-        PointFailed: if that was done too often.
+        UserError: in process 0, if that was done too often.
     """
     if rank() == 0:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
-            raise PointFailed(f"started again {max_requeues} times (cluster.max_requeues); type the command again")
+            raise UserError(
+                f"this job was begun again cluster.max_requeues={max_requeues} times and is not done; "
+                f"what it saved is kept, and the same command goes on from it"
+            )
         log.info("going on in a new job")
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
     # not with an error: srun would then end rank 0 before it has asked
     logging.shutdown()
     os._exit(0)
+
+
+def _write_failure(folder: Path, error: str) -> None:
+    attempt = read_point(folder)
+    if rank() == 0 and attempt is not None:
+        attempt.status, attempt.error = "failed", error
+        attempt.write(folder)
+        update_tables(folder.parent)
 
 
 def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
@@ -153,11 +156,18 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
         raise UserError("cluster=slurm needs sbatch, which is not here; type this on a login node of the cluster")
     sweep_dir = Path(job.config.hydra.sweep.dir)
     sweep_dir.mkdir(parents=True, exist_ok=True)
+    if "%" in str(sweep_dir.absolute()):
+        raise UserError(f"{sweep_dir.absolute()} has a % in it, which Slurm reads as a pattern; use another name=...")
     folders = [sweep_dir / str(job.point_config(overrides).hydra.sweep.subdir) for overrides in points]
-    jobs = _known_jobs(sweep_dir, points)
+    jobs = _known_jobs(sweep_dir, folders)
+    finished = {
+        number
+        for number, (point, folder) in enumerate(zip(points, folders, strict=True))
+        if is_finished(job, point, folder)
+    }
     todo = []
-    for number, (overrides, folder) in enumerate(zip(points, folders, strict=True)):
-        if is_finished(job, overrides, folder):
+    for number, folder in enumerate(folders):
+        if number in finished:
             jobs[number] = ""
             log.info("%s is finished", folder)
         elif jobs[number]:
@@ -170,13 +180,19 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
         for number, name in zip(numbers, submitted, strict=True):
             jobs[number] = name
             log.info("%s is job %s", folders[number], name)
-        _write_plan(sweep_dir, points, jobs)
+        planned = [PlannedPoint(overrides=list(points[n]), job=jobs[n], folder=folders[n].name) for n in numbers]
+        add_to_plan(sweep_dir, planned)  # at once, so that none is submitted twice
     if not cluster.wait:
         log.info("look at them with python -m sidestep.report sweep_dir=%s", sweep_dir)
         return [JobReturn(overrides=list(point), status=JobStatus.COMPLETED, _return_value=None) for point in points]
     with _cancelling_on_ctrl_c([name for name in jobs if name]):
         wait_for(sweep_dir, {name for name in jobs if name})
-    return [_result(job, *of) for of in zip(points, folders, jobs, strict=True)]
+    return [
+        _finished(points[number], folders[number])
+        if number in finished
+        else _result(points[number], folders[number], jobs[number])
+        for number in range(len(points))
+    ]
 
 
 def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequence[tuple[list[str], int]]) -> list[str]:
@@ -232,15 +248,20 @@ def _python(cluster: SlurmConfig) -> str:
 
 
 def is_finished(job: SlurmJob, overrides: Sequence[str], folder: Path) -> bool:
-    """Whether a point was finished before with exactly these settings, so that no job is needed to find out."""
+    """Whether a point was finished before with exactly these settings, so that no job is needed to find out.
+
+    A part of a dataset never is: only its job reads the songs, and can tell whether they are the same.
+    """
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = parse_record((folder / "run.json").read_text(encoding="utf-8"))
+        if record["status"] != "finished" or not all((folder / "final" / name).is_file() for name in record["final"]):
+            return False
         config = job.point_config(overrides)
         with open_dict(config):
             del config["hydra"]
         settings = json.loads(json.dumps(asdict(cast(Any, OmegaConf.to_object(config))), default=str))
-        return bool(record["status"] == "finished" and _without_cluster(record["config"]) == _without_cluster(settings))
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException):
+        return _without_cluster(record["config"]) == _without_cluster(settings)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OmegaConfBaseException):
         return False  # the job will say what is wrong
 
 
@@ -248,20 +269,19 @@ def _without_cluster(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "cluster"}
 
 
-def _known_jobs(sweep_dir: Path, points: Sequence[Sequence[str]]) -> list[str]:
-    """Number of the job of each point that an earlier command submitted and that is still in the queue."""
-    plan, queued = read_plan(sweep_dir), queued_jobs() or {}
-    known = {same_point(point.overrides): point.job for point in plan.points} if plan is not None else {}
-    jobs = [known.get(same_point(overrides), "") for overrides in points]
-    return [name if name in queued else "" for name in jobs]
+def _known_jobs(sweep_dir: Path, folders: Sequence[Path]) -> list[str]:
+    """Number of the job of each point that an earlier command submitted and that is still in the queue.
 
-
-def _write_plan(sweep_dir: Path, points: Sequence[Sequence[str]], jobs: Sequence[str]) -> None:
-    before = read_plan(sweep_dir)
-    planned = {same_point(point.overrides): point for point in (before.points if before is not None else [])}
-    for overrides, name in zip(points, jobs, strict=True):
-        planned[same_point(overrides)] = PlannedPoint(overrides=list(overrides), job=name)
-    Plan(launched=before.launched if before is not None else now(), points=list(planned.values())).write(sweep_dir)
+    Raises:
+        UserError: if there were jobs and the queue cannot be asked, since a point must not be done by two.
+    """
+    plan = read_plan(sweep_dir)
+    known = {point.folder: point.job for point in plan.points if point.job} if plan is not None else {}
+    queued = queued_jobs()
+    if queued is None and known:
+        raise UserError(f"squeue does not say which jobs of {sweep_dir} are still in the queue; type the command again")
+    jobs = [known.get(folder.name, "") for folder in folders]
+    return [name if queued is not None and name in queued else "" for name in jobs]
 
 
 def wait_for(sweep_dir: Path, jobs: set[str]) -> None:
@@ -278,7 +298,7 @@ def wait_for(sweep_dir: Path, jobs: set[str]) -> None:
             if not still:
                 return
         time.sleep(pause)
-        pause = min(1.2 * pause, SLOWEST_POLL)
+        pause = min(1.05 * pause, SLOWEST_POLL)  # a twentieth of the time that was waited already
 
 
 @contextlib.contextmanager
@@ -305,25 +325,29 @@ def _wants_to_cancel(count: int) -> bool:
         return False
 
 
-def _result(job: SlurmJob, overrides: Sequence[str], folder: Path, name: str) -> JobReturn:
-    """Read what a point came to, and write it down for a job that died without a word."""
+def _finished(overrides: Sequence[str], folder: Path) -> JobReturn:
+    """What a point returns that was finished before, by a sweep or by itself."""
+    objective = objective_of(parse_record((folder / "run.json").read_text(encoding="utf-8")))
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=objective)
+
+
+def _result(overrides: Sequence[str], folder: Path, name: str) -> JobReturn:
+    """Read what the job of a point came to, and write it down for a job that died without a word."""
     attempt = read_point(folder)
     for _ in range(20):  # a network file system may show the file a moment later
-        if not name or (attempt is not None and attempt.job == name and attempt.status != "running"):
+        if attempt is not None and attempt.job == name and attempt.status != "running":
             break
         time.sleep(0.1)
         attempt = read_point(folder)
-    if name and (attempt is None or attempt.job != name or attempt.status not in ("finished", "failed")):
+    if attempt is None or attempt.job != name or attempt.status not in ("finished", "failed"):
         attempt = attempt or PointRecord(overrides=list(overrides), started=now())
         attempt.job, attempt.status, attempt.ended = name, "failed", now()
         attempt.error = f"job {name} ended without a result, {_state(name)}; see {folder.parent / '.slurm' / name}"
         folder.mkdir(parents=True, exist_ok=True)
         attempt.write(folder)
-    assert attempt is not None or not name
-    if attempt is not None and attempt.status == "failed":
+    if attempt.status == "failed":
         return JobReturn(overrides=list(overrides), status=JobStatus.FAILED, _return_value=PointFailed(attempt.error))
-    objective = attempt.objective if attempt is not None else None
-    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=objective)
+    return JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=attempt.objective)
 
 
 def _state(job: str) -> str:

@@ -6,10 +6,13 @@ from those files, so it can be looked at any time and nothing is lost with the p
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +21,13 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict
 
 from sidestep.errors import PointFailed, UserError
-from sidestep.processes import rank
+from sidestep.processes import rank, slurm_job
 from sidestep.reporting.page import write_page
 from sidestep.reporting.runs import (
     Plan,
@@ -30,6 +35,7 @@ from sidestep.reporting.runs import (
     PointRecord,
     as_table,
     collect_points,
+    finished_at,
     is_alive,
     queued_jobs,
     read_plan,
@@ -47,20 +53,102 @@ _launched: list[Path] = []
 
 
 class SweepPlan(Callback):
-    """Writes down which points a sweep is to do, before the first of them begins."""
+    """Begins the plan of a sweep whose points are not known yet; ``sweep_grid`` does so where they are."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, in the process that launches the sweep."""
-        if rank() != 0:
-            return
-        sweep_dir = Path(config.hydra.sweep.dir)
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        points = points_of(config.hydra.sweeper, config.hydra.overrides.task)
-        before = read_plan(sweep_dir)
-        jobs = {same_point(point.overrides): point.job for point in before.points} if before is not None else {}
-        planned = [PlannedPoint(overrides=point, job=jobs.get(same_point(point), "")) for point in points]
-        Plan(launched=now(), points=planned).write(sweep_dir)
-        _launched[:] = [sweep_dir]
+        if rank() == 0 and not _is_grid(config.hydra.sweeper):
+            start_plan(Path(config.hydra.sweep.dir), [])
+
+
+def start_plan(sweep_dir: Path, points: Sequence[Sequence[str]]) -> None:
+    """Begin a new plan, which keeps points of earlier commands whose jobs are in Slurm's queue.
+
+    Args:
+        sweep_dir: the sweep's folder.
+        points: what is typed for each.
+    """
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    before, queued = read_plan(sweep_dir), queued_jobs()
+    kept = [
+        planned
+        for planned in (before.points if before is not None else [])
+        if planned.job and (queued is None or planned.job in queued)
+    ]
+    Plan(launched=now(), points=kept).write(sweep_dir)
+    add_to_plan(sweep_dir, [PlannedPoint(overrides=list(point)) for point in points])
+    _launched[:] = [sweep_dir]
+
+
+def add_to_plan(sweep_dir: Path, points: Sequence[PlannedPoint]) -> None:
+    """Write down points, or what is known now of points in the plan: their folders, and then their jobs."""
+    plan = read_plan(sweep_dir) or Plan(launched=now(), points=[])
+    jobs = {planned.folder: planned.job for planned in plan.points if planned.folder}
+    folders = {point.folder for point in points if point.folder}
+    typed = {same_point(point.overrides) for point in points}
+    others = [p for p in plan.points if (p.folder not in folders if p.folder else same_point(p.overrides) not in typed)]
+    added = [dataclasses.replace(point, job=point.job or jobs.get(point.folder, "")) for point in points]
+    Plan(launched=plan.launched, points=[*others, *added]).write(sweep_dir)
+
+
+def sweep_grid(sweeper: Any, typed: Sequence[str]) -> list[Sequence[JobReturn]]:
+    """Launch every point of a grid; of a batch that has a point which cannot be told from another, nothing.
+
+    Args:
+        sweeper: ``hydra_plugins.sidestep_sweep.GridSweeper``, set up.
+        typed: what was typed for the sweep.
+
+    Raises:
+        UserError: if two points would share a folder, or one would lie in the folder of another sweep.
+        PointFailed: if a point failed, after all of them.
+    """
+    config = sweeper.config
+    sweep_dir = Path(config.hydra.sweep.dir)
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    batches = sweeper.split_arguments(parser.parse_overrides([*params, *typed]), sweeper.max_batch_size)
+    folders: dict[str, Sequence[str]] = {}
+    returned: list[Sequence[JobReturn]] = []
+    keeps_plan = rank() == 0 and "sweep" in config.hydra.callbacks
+    for batch in batches:
+        planned = []
+        for number, point in enumerate(batch, start=len(folders)):
+            folder = _folder_of(sweeper.hydra_context, config, point, number)
+            if (other := folders.setdefault(folder, point)) is not point:
+                raise UserError(_are_one_point(other, point, sweep_dir / folder))
+            planned.append(PlannedPoint(overrides=list(point), folder=folder))
+        if keeps_plan and not returned:
+            start_plan(sweep_dir, [point for each in batches for point in each])
+        if keeps_plan:
+            add_to_plan(sweep_dir, planned)
+        returned.append(sweeper.launch(batch, len(folders) - len(batch)))
+    for done in returned:
+        for point_return in done:
+            _ = point_return.return_value  # raises if the point failed
+    return returned
+
+
+def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], number: int) -> str:
+    """Compose a point and give the name of its folder."""
+    composed = context.config_loader.load_sweep_config(config, list(point))
+    with open_dict(composed):
+        composed.hydra.job.id = composed.hydra.job.num = number
+    if composed.hydra.sweep.dir != config.hydra.sweep.dir:
+        raise UserError(
+            f"a sweep has one folder, {config.hydra.sweep.dir}, and {composed.hydra.sweep.dir} would be another; "
+            f"type one command for each"
+        )
+    return str(composed.hydra.sweep.subdir)
+
+
+def _are_one_point(one: Sequence[str], other: Sequence[str], folder: Path) -> str:
+    differ = [" ".join(o for o in point if o not in against) for point, against in ((one, other), (other, one))]
+    what = " and ".join(differ) if any(differ) else f"{' '.join(one)}, which is there twice,"
+    return f"{what} would share the folder {folder}; leave one of them out, or type another command for it"
+
+
+def _is_grid(sweeper: DictConfig) -> bool:
+    return str(sweeper._target_).endswith((".GridSweeper", ".BasicSweeper"))
 
 
 def points_of(sweeper: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
@@ -70,7 +158,7 @@ def points_of(sweeper: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
         sweeper: Hydra's settings of it, ``hydra.sweeper``.
         overrides: what was typed for the sweep.
     """
-    if not sweeper._target_.endswith(".BasicSweeper"):
+    if not _is_grid(sweeper):
         return []
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*params, *overrides])
@@ -88,7 +176,7 @@ def record_point(run: Callable[[], Any]) -> Any:
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    before = read_point(folder)
+    before, trained_before = read_point(folder), finished_at(folder)
     attempt = PointRecord(
         overrides=list(hydra.overrides.task),
         started=now(),
@@ -97,30 +185,43 @@ def record_point(run: Callable[[], Any]) -> Any:
         process=os.getpid(),
         job=slurm_job(),
     )
-    if rank() != 0:
-        return run()
-    if before is not None:
-        _refuse_if_busy(before, attempt, folder)
-    attempt.write(folder)
+    if rank() == 0:
+        if before is not None:
+            _refuse_if_busy(before, attempt, folder)
+        attempt.write(folder)
     began = time.monotonic()
+    result, may_be_alone = None, False
     try:
         result = run()
+        attempt.status = "finished"
     except Interrupted as stop:
-        _end(attempt, folder, "interrupted", began, str(stop))
+        attempt.status, attempt.error = "interrupted", str(stop)
         raise
     except KeyboardInterrupt:
-        _end(attempt, folder, "interrupted", began, "stopped by Ctrl-C")
+        attempt.status, attempt.error = "interrupted", "stopped by Ctrl-C"
         raise
     except SystemExit as stop:
-        if stop.code:
-            _end(attempt, folder, "failed", began, f"ended with exit code {stop.code}; see {folder}")
-            raise PointFailed(attempt.error) from stop
-        result = None
+        attempt.status = "failed" if stop.code else "finished"
+        attempt.error = f"ended with exit code {stop.code}; see {folder}" if stop.code else ""
     except Exception as error:
-        _end(attempt, folder, "failed", began, _line(error))
-        raise PointFailed(attempt.error) from error
-    attempt.objective = float(result) if isinstance(result, int | float) and math.isfinite(result) else None
-    _end(attempt, folder, "finished", began)
+        attempt.status, attempt.error = "failed", _line(error)
+        # out of memory, or cut off from another process; a setting or a loss is refused by all of them
+        may_be_alone = "WORLD_SIZE" in os.environ and isinstance(error.__cause__, RuntimeError)
+    finally:
+        attempt.objective = float(result) if isinstance(result, int | float) and math.isfinite(result) else None
+        attempt.ended, attempt.seconds = now(), round(attempt.seconds + time.monotonic() - began, 1)
+        idle = attempt.status == "finished" and trained_before != "" and trained_before == finished_at(folder)
+        if before is not None and before.status == "finished" and idle:  # there was nothing to do
+            attempt.started, attempt.ended, attempt.seconds = before.started, before.ended, before.seconds
+        if rank() == 0:
+            attempt.write(folder)
+            update_tables(folder.parent)
+    if may_be_alone and not attempt.job:
+        sys.exit(1)  # the others wait in the middle of a step, and torchrun ends them
+    if attempt.status == "failed":
+        # not where it was caught: the error holds on to the model it came from, and Hydra to the one that is raised
+        _free_memory()
+        raise PointFailed(attempt.error)
     return result
 
 
@@ -136,11 +237,12 @@ def _refuse_if_busy(before: PointRecord, attempt: PointRecord, folder: Path) -> 
         raise PointFailed(f"{folder} is being trained by {who}")
 
 
-def _end(attempt: PointRecord, folder: Path, status: str, began: float, error: str = "") -> None:
-    attempt.status, attempt.error, attempt.ended = status, error, now()
-    attempt.seconds = round(attempt.seconds + time.monotonic() - began, 1)
-    attempt.write(folder)
-    update_tables(folder.parent)
+def _free_memory() -> None:
+    """Give back what a failed point held, so that it does not make the next one fail too."""
+    gc.collect()
+    torch = sys.modules.get("torch")  # a point may fail before it is imported
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _line(error: Exception) -> str:
@@ -183,10 +285,3 @@ def end_sweep() -> int:
         if point.status == "failed" and attempt is not None and plan is not None:
             failed += attempt.ended >= plan.launched  # a failure that an earlier command left is not this one's
     return failed
-
-
-def slurm_job() -> str:
-    """Number of the Slurm job that this process belongs to, as ``squeue`` shows it; empty outside of one."""
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ.get("SLURM_JOB_ID", "")

@@ -8,9 +8,11 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from sidestep import slurm
 from sidestep.config.gate import conf_dir, launches_sweep
 from sidestep.errors import UserError
-from sidestep.reporting.runs import Point, as_csv, same_point
+from sidestep.reporting.runs import Plan, PlannedPoint, Point, as_csv, same_point
+from sidestep.times import now
 from tests.factories import preprocess_config, train_config
 from tests.forked import run
 
@@ -64,6 +66,26 @@ def test_where_there_is_no_slurm_nothing_runs_and_one_line_says_so(tmp_path, mon
         "cluster=slurm needs sbatch, which is not here; type this on a login node of the cluster"
     ]
     assert not list(tmp_path.glob("outputs/s/*/"))
+
+
+def test_jobs_are_not_submitted_again_while_the_queue_cannot_be_asked(tmp_path, monkeypatch):
+    Plan(launched=now(), points=[PlannedPoint(overrides=["seed=1"], job="7", folder="seed1")]).write(tmp_path)
+    monkeypatch.setattr(slurm, "queued_jobs", lambda: {"7": "PENDING"})
+    assert slurm._known_jobs(tmp_path, [tmp_path / "seed1", tmp_path / "seed2"]) == ["7", ""]
+    monkeypatch.setattr(slurm, "queued_jobs", lambda: None)
+    with pytest.raises(UserError, match="squeue does not say which jobs of"):
+        slurm._known_jobs(tmp_path, [tmp_path / "seed1"])
+
+
+def test_a_job_is_begun_again_only_as_often_as_allowed(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(UserError, match=r"begun again cluster.max_requeues=2 times"):
+        slurm.requeue(2)
+
+
+@pytest.mark.parametrize("name", ["optuna", "timesteps"])
+def test_sweeps_whose_training_losses_do_not_compare_hold_songs_out(name):
+    assert train_config(f"sweep={name}").validation.is_on
 
 
 def test_a_point_is_the_same_wherever_it_runs():

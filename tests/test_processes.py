@@ -83,7 +83,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.parametrize("world_size", [4, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, world_size):
     """Twenty steps of LoRA, DoRA and LoKr, one after the other in the same processes."""
 
@@ -108,6 +108,45 @@ def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, wo
     for adapter in ("lora", "dora", "lokr"):
         alone, together = (final_weights(tmp_path / str(n) / adapter / "run") for n in (1, world_size))
         torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "lokr"])
+def test_a_frozen_base_spread_over_processes_trains_the_same_adapter(tmp_path, typed, adapter):
+    """FSDP2 for the base, of which each process keeps a half; the adapter stays whole, and its files are the same."""
+    typed = (*typed, f"adapter={adapter}", "max_steps=6", "log_every_steps=1")
+
+    def spread() -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        from sidestep.training import loop, run
+
+        share = loop.share_only_trained
+
+        def and_spread(transformer: torch.nn.Module) -> None:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in transformer.layers:
+                before = sum(parameter.numel() for parameter in layer.parameters())
+                trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+                fully_shard(layer, mesh=mesh, ignored_params=trained)
+                kept = sum(getattr(p, "_local_tensor", p).numel() for p in layer.parameters())
+                assert kept < 0.6 * before + sum(p.numel() for p in trained)
+            share(transformer)
+
+        loop.share_only_trained = and_spread
+        run.verify_saved = lambda *args: None  # it computes in process 0 alone, which has half of the base
+        training(2, *typed)()
+
+    for name, call in (("whole", training(2, *typed)), ("spread", spread)):
+        finish(start_group(tmp_path / name, 2, call))
+    whole, halves = tmp_path / "whole/run", tmp_path / "spread/run"
+    torch.testing.assert_close(final_weights(halves), final_weights(whole), atol=1e-6, rtol=0)
+    lines = [(run / "metrics.jsonl").read_text().splitlines() for run in (whole, halves)]
+    losses = [[json.loads(line)["loss"] for line in of_run] for of_run in lines]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert {path.name for path in (halves / "final").iterdir()} == {path.name for path in (whole / "final").iterdir()}
 
 
 def test_told_to_stop_all_processes_stop_at_one_step_and_another_number_of_them_goes_on(tmp_path, typed):

@@ -72,13 +72,24 @@ def test_a_runs_name_is_a_short_plain_folder_name(overrides, odd):
     assert name.startswith("lora-base")
 
 
-@given(st.integers(0, 10**12), st.integers(0, 10**12), OVERRIDES)
+@given(st.integers(0, 2**63), st.integers(0, 2**63), OVERRIDES)
 @example(1, 10, [])
+@example(2**60, 2**60 + 1, [])
 def test_other_seeds_give_other_runs(one, other, overrides):
     assume(one != other)
     rest = [f"{key}={value}" for key, value in overrides if key != "seed"]
     assert run_name("lora", "base", [*rest, f"seed={one}"], "x") != run_name(
         "lora", "base", [*rest, f"seed={other}"], "x"
+    )
+
+
+@given(st.text("ab/- ,[].ü", max_size=6), st.text("ab/- ,[].ü", max_size=6))
+@example("data/a-b", "data/a/b")
+@example("日本", "中国")
+def test_other_values_give_other_runs_though_a_name_has_few_characters(one, other):
+    assume(one != other)
+    assert run_name("lora", "base", [f"adapter.note={one}"], "x") != run_name(
+        "lora", "base", [f"adapter.note={other}"], "x"
     )
 
 

@@ -11,6 +11,7 @@ from sidestep.acestep.toy import make_toy_songs
 from sidestep.data.encode import preprocess
 from sidestep.data.manifest import DatasetInfo, read_manifest
 from sidestep.data.shards import Shard, merge_shards, shard_folder, write_shard
+from sidestep.data.songs import read_songs
 from sidestep.errors import UserError
 from tests.factories import preprocess_config
 from tests.forked import start
@@ -64,6 +65,16 @@ def test_a_part_none_of_whose_songs_can_be_used_does_not_stop_the_others(tmp_pat
     assert len(bad.failed) == 2
     preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
     assert [song.audio for song in read_manifest(tmp_path / "data")[1]] == ["01-paper-boats.wav", "03-old-mill.wav"]
+
+
+def test_an_entry_that_cannot_be_used_is_told_by_one_part_only(tmp_path, songs, checkpoint_dir):
+    twice = [{"filename": "01-paper-boats.wav", "caption": "boats"}, {"filename": "01-paper-boats.wav", "caption": "b"}]
+    (songs / "dataset.json").write_text(json.dumps({"samples": twice}))
+    common = typed(songs, tmp_path / "data", checkpoint_dir)
+    assert read_songs(songs).failed
+    second = preprocess(preprocess_config(*common, "num_shards=2", "shard=1"))  # the first tells it
+    assert not second.failed
+    assert "next: " not in str(second)  # there is nothing to train on yet
 
 
 def test_parts_made_with_other_settings_are_not_mixed(tmp_path, songs, checkpoint_dir):

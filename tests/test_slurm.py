@@ -119,9 +119,9 @@ def state_of(env: dict[str, str], job: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: dict[str, str], places: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run has begun that needs much longer than the minute that its job may take."""
+    """Where a run has begun that needs longer than the two minutes that its job may take; the second test ends it."""
     folder = tmp_path_factory.mktemp("limited")
-    limit = ["cluster.time_minutes=1", "cluster.signal_seconds=40", "cluster.wait=false", "max_steps=1000000"]
+    limit = ["cluster.time_minutes=2", "cluster.signal_seconds=60", "cluster.wait=false", "max_steps=1000000"]
     finish(start(slurm, folder / "parts", *places, *CLUSTER[:-1], *limit, "cluster.sbatch=['--nodelist=mini3']"))
     return folder
 
@@ -149,6 +149,26 @@ def test_a_run_on_two_nodes_that_is_preempted_twice_ends_with_the_same_weights(s
     assert log_of(tmp_path / "parts").count("of 2 songs each") == 3
     torch.testing.assert_close(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"), rtol=0, atol=0)
     assert state_of(slurm, read_point(only_run(tmp_path / "parts")).job) == "COMPLETED"
+
+
+def test_a_run_that_needs_longer_than_its_job_may_goes_on_in_a_new_one(slurm, limited, places):
+    """A real time limit: a minute before it Slurm sends the signal, the run saves, and the same job begins again."""
+    until(lambda: "going on in a new job" in log_of(limited / "parts"), "the signal before the time limit")
+    until(lambda: "continuing from" in log_of(limited / "parts"), "the second job")
+    run = only_run(limited / "parts")
+    job = read_point(run).job
+    step = json.loads((run / "run.json").read_text())["step"]
+    until(lambda: f"step {(step // 5 + 2) * 5} of" in log_of(limited / "parts"), "steps after the saved one")
+    subprocess.run(["scancel", job], env=slurm, check=True)
+    until(lambda: json.loads((run / "run.json").read_text())["status"] == "interrupted", "saved when cancelled")
+    assert "the same command goes on from here" in log_of(limited / "parts")
+    until(lambda: state_of(slurm, job) == "CANCELLED", "the end of the job")
+
+    length = f"max_steps={json.loads((run / 'run.json').read_text())['step'] + 5}"
+    both = [start(slurm, limited / folder, *places, length) for folder in ("parts", "whole")]
+    for process in both:
+        finish(process)
+    torch.testing.assert_close(final_weights(limited / "parts"), final_weights(limited / "whole"), rtol=0, atol=0)
 
 
 def test_a_bad_point_and_a_killed_one_cost_only_themselves(slurm, tmp_path, places):
@@ -236,23 +256,3 @@ def test_the_plain_batch_script_saves_and_goes_on_when_it_is_told_to_stop(slurm,
     assert "stopped by SIGUSR2" in log_of(tmp_path)
     assert "continuing from" in log_of(tmp_path)
     until(lambda: state_of(slurm, job) == "COMPLETED", "the end of the job")
-
-
-def test_a_run_that_needs_longer_than_its_job_may_goes_on_in_a_new_one(slurm, limited, places):
-    """A real time limit of one minute: Slurm sends the signal, the run saves, and the same job begins again."""
-    until(lambda: "going on in a new job" in log_of(limited / "parts"), "the signal before the time limit")
-    until(lambda: "continuing from" in log_of(limited / "parts"), "the second job")
-    run = only_run(limited / "parts")
-    job = read_point(run).job
-    step = json.loads((run / "run.json").read_text())["step"]
-    until(lambda: f"step {(step // 5 + 2) * 5} of" in log_of(limited / "parts"), "steps after the saved one")
-    subprocess.run(["scancel", job], env=slurm, check=True)
-    until(lambda: json.loads((run / "run.json").read_text())["status"] == "interrupted", "saved when cancelled")
-    assert "the same command goes on from here" in log_of(limited / "parts")
-    until(lambda: state_of(slurm, job) == "CANCELLED", "the end of the job")
-
-    length = f"max_steps={json.loads((run / 'run.json').read_text())['step'] + 5}"
-    both = [start(slurm, limited / folder, *places, length) for folder in ("parts", "whole")]
-    for process in both:
-        finish(process)
-    torch.testing.assert_close(final_weights(limited / "parts"), final_weights(limited / "whole"), rtol=0, atol=0)

@@ -8,16 +8,23 @@ import os
 import signal
 import socket
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+import sidestep.sweep
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.errors import UserError
-from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_point
+from sidestep.errors import PointFailed, UserError
+from sidestep.report import report_command
+from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_plan, read_point
+from sidestep.sweep import record_point
 from sidestep.times import now
+from tests.factories import report_config
 from tests.forked import run, start
 
 QUICK = [
@@ -126,6 +133,139 @@ def test_a_point_that_another_process_is_training_is_left_alone(tmp_path, places
     assert read_point(folder) == busy
 
 
+@pytest.fixture
+def point_dir(tmp_path, monkeypatch) -> Path:
+    """The folder of the point that ``record_point`` is called for."""
+    hydra = SimpleNamespace(
+        runtime=SimpleNamespace(output_dir=str(tmp_path / "s/a")), overrides=SimpleNamespace(task=[])
+    )
+    monkeypatch.setattr(sidestep.sweep, "HydraConfig", SimpleNamespace(get=lambda: hydra))
+    (tmp_path / "s/a").mkdir(parents=True)
+    return tmp_path / "s/a"
+
+
+def test_a_failed_point_does_not_keep_its_model_alive(point_dir):
+    """Hydra keeps what a point raised until the sweep ends."""
+    seen = []
+
+    def fail() -> None:
+        model = torch.nn.Linear(2, 2)
+        model.forward_before = model.forward  # refers to itself, as a patched model does
+        seen.append(weakref.ref(model))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError as error:
+            raise UserError("the device ran out of memory") from error
+
+    with pytest.raises(PointFailed, match="the device ran out of memory") as raised:
+        record_point(fail)
+    assert seen[0]() is None
+    assert raised.value.__cause__ is None
+    assert read_point(point_dir).error == "the device ran out of memory"
+
+
+def test_what_one_of_several_processes_may_fail_of_alone_ends_the_sweep(point_dir, monkeypatch):
+    """The others would wait for it in the middle of a step; a setting is refused by all of them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def fail(cause: Exception) -> None:
+        raise UserError("too much") from cause
+
+    with pytest.raises(PointFailed):
+        record_point(lambda: fail(ValueError("of a setting")))
+    with pytest.raises(SystemExit):
+        record_point(lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
+    assert read_point(point_dir).error == "too much"
+
+
+def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
+    def train() -> float:
+        (point_dir / "run.json").write_text(json.dumps({"status": "finished", "finished": "2026-11-22T10:00:00Z"}))
+        time.sleep(0.2)
+        return 1.5
+
+    record_point(train)
+    first = read_point(point_dir)
+    record_point(train)
+    assert read_point(point_dir) == first
+    assert first.seconds >= 0.2
+
+
+def test_batches_after_one_with_a_failed_point_are_run_too(tmp_path, places):
+    code, text = run(tmp_path, "-m", *places, "hydra.sweeper.max_batch_size=1", "max_steps=1", "adapter.rank=0,-1")
+    assert code == 1
+    assert "2 failed" in text
+    assert "waiting" not in text
+
+
+def test_what_a_sweep_file_of_ones_own_varies_names_the_points(tmp_path, places):
+    (tmp_path / "mine/sweep").mkdir(parents=True)
+    params = {"hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"max_steps": "-1,-2"}}}}
+    (tmp_path / "mine/sweep/mine.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(params)}")
+    code, text = run(tmp_path, "--config-dir", str(tmp_path / "mine"), *places, "sweep=mine")
+    assert (code, "2 failed" in text) == (1, True), text
+    assert len(list(tmp_path.glob("outputs/s/*max_steps-*/point.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["optim.lr=1e-4,0.0001"], "which is there twice, would share the folder outputs/s/lora-base-lr0.0001"),
+        (["name=na,nb"], "a sweep has one folder, outputs/s, and outputs/na would be another"),
+        (["adapter.rank=2,abc"], "adapter.rank=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["local=mycluter", "seed=0,1"], "local=mycluter: no "),
+    ],
+)
+def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
+    code, text = run(tmp_path, "-m", "dataset_dir=data", "model_variant=base", "name=s", *typed)
+    assert code == 1
+    assert answer in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_parts_are_all_that_several_values_make_of_a_dataset(tmp_path):
+    code, text = run(tmp_path, "-m", "audio_dir=songs", "dataset_dir=d", "genre_ratio=1,2", command="preprocess")
+    assert code == 1
+    assert "genre_ratio=1 and genre_ratio=2 would share the folder d/logs/shard-None-of-None" in text
+    code, text = run(tmp_path, "-m", "audio_dir=songs", "dataset_dir=a,b", command="preprocess")
+    assert code == 1
+    assert text.startswith("dataset_dir decides where a sweep lies")
+
+
+def test_jobs_of_an_earlier_command_stay_in_the_plan_while_they_are_in_the_queue(tmp_path, monkeypatch):
+    monkeypatch.setattr(sidestep.sweep, "queued_jobs", lambda: {"7": "PENDING"})
+    points = [PlannedPoint(overrides=[f"seed={n}"], job=job, folder=f"seed{n}") for n, job in ((1, "7"), (2, "8"))]
+    Plan(launched=now(), points=points).write(tmp_path)
+    sidestep.sweep.start_plan(tmp_path, [["seed=3"], ["+seed=1"]])
+    sidestep.sweep.add_to_plan(tmp_path, [PlannedPoint(overrides=["+seed=1"], folder="seed1")])
+    planned = {point.folder or point.overrides[0]: point.job for point in read_plan(tmp_path).points}
+    assert planned == {"seed1": "7", "seed=3": ""}
+    sidestep.sweep._launched.clear()
+
+
+def test_a_run_by_itself_whose_process_is_gone_is_not_called_running(tmp_path):
+    for name, process in (("gone", 2**22 + 1), ("here", os.getpid())):
+        (tmp_path / name).mkdir()
+        began = {"status": "running", "started": now(), "host": socket.gethostname(), "process": process}
+        (tmp_path / name / "run.json").write_text(json.dumps(began))
+    assert {point.name: point.status for point in collect_points(tmp_path)} == {
+        "gone": "interrupted",
+        "here": "running",
+    }
+
+
+def test_points_whose_names_were_cut_are_told_apart_by_columns(tmp_path):
+    for number in (1, 2):
+        folder = tmp_path / f"lora-base-dataset_dirdata-0123456{number}"
+        folder.mkdir()
+        overrides = [f"dataset_dir=data/日本{number}", "optim.lr=0.1"]
+        PointRecord(overrides=overrides, status="finished", objective=1.0).write(folder)
+    lines = as_table(collect_points(tmp_path), tmp_path).splitlines()
+    assert lines[0].split()[:3] == ["point", "dataset_dir", "status"]
+    assert [line.split()[1] for line in lines[1:3]] == ["data/日本1", "data/日本2"]
+
+
 def test_points_that_were_not_begun_are_in_the_table_too(tmp_path):
     (tmp_path / "a").mkdir()
     PointRecord(overrides=["seed=1"], status="finished", objective=0.5, seconds=90).write(tmp_path / "a")
@@ -148,6 +288,15 @@ def test_of_many_points_the_terminal_shows_the_best_and_counts_the_rest(tmp_path
     assert [line.split()[0] for line in lines[1:4]] == ["seed59", "seed58", "seed57"]
     assert "50 more" in lines[-2]
     assert lines[-1] == "60 finished"
+
+
+def test_a_report_writes_the_tables_of_a_sweep_anew(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    PointRecord(overrides=["seed=1"], status="finished", objective=0.5).write(tmp_path / "a")
+    (tmp_path / "sweep.json").write_text("[]")
+    report_command(report_config(f"sweep_dir={tmp_path}", "format=table"))
+    assert "1 finished" in capsys.readouterr().out
+    assert [row["status"] for row in json.loads((tmp_path / "sweep.json").read_text())] == ["finished"]
 
 
 def test_points_that_were_evaluated_differently_are_not_ranked(tmp_path):

@@ -34,19 +34,19 @@ class SlurmConfig:
     memory_gib: int | None = None
     """Memory on each node; null takes the partition's default."""
     array_width: int = 64
-    """Points that may run at once."""
+    """Points that may run at once, of each thousand that are submitted together."""
     signal_seconds: int = 120
     """How long before the time limit a run is told to save and go on in a new job."""
     max_requeues: int = 100
     """How often one point may go on in a new job."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before the run, as in [module load cuda]."""
+    """Shell lines before the run, as in "cluster.setup=['module load cuda']"."""
     sbatch: list[str] = field(default_factory=list)
-    """Further options of sbatch, as in ['--exclude=node7', '--exclusive']."""
+    """Further options of sbatch, as in "cluster.sbatch=['--exclude=node7','--exclusive']"."""
     srun: list[str] = field(default_factory=list)
-    """Further options of srun, as in ['--cpu-bind=none']."""
+    """Further options of srun, as in "cluster.srun=['--cpu-bind=none']"."""
     python: str | None = None
-    """Command that starts Python on the nodes, as in 'apptainer exec --nv image.sif python'; null is this Python."""
+    """Command that starts Python on a node, as in cluster.python='apptainer exec x.sif python'; null is this one."""
     wait: bool = True
     """Wait for all points and print their table; false submits and leaves."""
 

@@ -53,6 +53,7 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: one line for anything Hydra or OmegaConf refuses.
     """
+    _check_local(overrides)
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
             return compose(command, list(overrides))
@@ -70,18 +71,49 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
             raise UserError(nothing) from error
 
 
+def _check_local(overrides: Sequence[str]) -> None:
+    """Refuse a file of one's own that is not there: Hydra would pass over it, and a run meant for a cluster begin here.
+
+    Raises:
+        UserError: naming the file.
+    """
+    for typed in overrides:
+        key, _, value = typed.partition("=")
+        if key != "local" or value == "null":
+            continue
+        paths = [path for other in overrides for path in re.findall(r"file://([^,\]]+)", other)]  # of --config-dir
+        folders = [folder / "local" for folder in (conf_dir(), *map(Path, paths))]
+        if not any((folder / f"{value}.yaml").is_file() for folder in folders):
+            known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+            there = f"there are {', '.join(known)}" if known else "there is none"
+            raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
+
+
 def launches_sweep(command: str, overrides: Sequence[str]) -> bool:
     """Whether what was typed chooses a sweep or a cluster, which need no ``-m``.
 
     Anything that cannot be composed is left to whoever composes it next.
     """
+    hydra = _compose_hydra(command, overrides)
+    return hydra is not None and hydra.mode is RunMode.MULTIRUN
+
+
+def with_params(command: str, overrides: Sequence[str]) -> list[str]:
+    """What a chosen sweep's file gives several values, as if it was typed, and then what was typed."""
+    hydra = _compose_hydra(command, overrides)
+    params = (hydra.sweeper.get("params") or {}) if hydra is not None else {}
+    return [*(f"{key}={value}" for key, value in params.items()), *overrides]
+
+
+def _compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
+    """Hydra's own settings for what was typed, without the swept values; None if it cannot be composed."""
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
             single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-            return compose(command, single, return_hydra_config=True).hydra.mode is RunMode.MULTIRUN
+            return cast(DictConfig, compose(command, single, return_hydra_config=True).hydra)
         except (HydraException, OmegaConfBaseException, ValueError, AssertionError):
-            return False
+            return None
 
 
 def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
@@ -105,6 +137,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         typed = error.override
         key, _, value = typed.partition("=")
         return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
+    if (several := re.search(r"Missing mandatory value: (\w+)", text)) and "hydra.sweep.dir" in text:
+        return f"{several.group(1)} decides where a sweep lies, and a sweep has one folder; type one command for each"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(unknown.group(1).lstrip("+~"), command, overrides)
     if bad_value := re.search(r"Error merging override (\S+)", text):

@@ -42,14 +42,17 @@ NOT_NAMED = (
 )
 """Settings that do not make another run: where things lie, how much is logged, how long to go on."""
 MAX_LENGTH = 64
+_WORD = "[A-Za-z0-9._]*[A-Za-z0-9_]"
+_KEPT = re.compile(rf"(/?{_WORD}(/{_WORD})*|\[{_WORD}(,{_WORD})*\])?")
+"""Values that a name shows so that no two look the same: words, paths and lists of words."""
 
 
 def run_name(adapter: str, model_variant: str, overrides: Sequence[str], sweep_name: str) -> str:
     """Name a run after its adapter, its model variant and the settings typed for it.
 
     The order and spelling of overrides do not matter. Only letters, digits, ``.``, ``_`` and ``-`` are used: a path
-    with ``=`` or ``,`` in it cannot be passed to another Hydra command without quoting. A long name is cut and ends
-    in a hash of all of it.
+    with ``=`` or ``,`` in it cannot be passed to another Hydra command without quoting. A name that is too long or
+    loses characters so ends in a hash of all of it, since other settings may be shortened to the same.
 
     Args:
         adapter: the chosen option of that group.
@@ -67,7 +70,7 @@ def run_name(adapter: str, model_variant: str, overrides: Sequence[str], sweep_n
     pairs = [pair for pair in pairs if pair != ("experiment", sweep_name)]
     settings = [value if "." not in key and _is_word(value) else key.rpartition(".")[2] + value for key, value in pairs]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([adapter, model_variant, *settings])).strip("-.")
-    if len(name) > MAX_LENGTH:
+    if len(name) > MAX_LENGTH or not all(_is_number(value) or _KEPT.fullmatch(value) for _, value in pairs):
         digest = hashlib.sha256(repr([adapter, model_variant, *pairs]).encode()).hexdigest()[:8]
         name = f"{name[: MAX_LENGTH - 9].rstrip('-.')}-{digest}"
     return name
@@ -78,25 +81,35 @@ def _is_word(value: str) -> bool:
     return re.fullmatch(r"[a-z0-9_]*[a-z][a-z0-9_]*", value) is not None and value not in ("true", "false", "null")
 
 
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _plain(value: str) -> str:
     """The same text for 1e-4, 0.0001 and Hydra's own spelling of it inside a sweep."""
     value = value.strip("'\"")
-    try:
-        number = float(value)
-    except ValueError:
+    if re.fullmatch(r"[+-]?[0-9]+", value):
+        return str(int(value))  # not through a float, which tells no large seeds apart
+    if not _is_number(value):
         return value.lower() if value.lower() in ("true", "false", "null") else value
-    if number.is_integer() and abs(number) < 1e15:
-        return str(int(value) if value.isdecimal() else int(number))
-    return repr(number).replace("e+", "e")
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number).replace("e+", "e")
 
 
 def swept_keys(overrides: Sequence[str]) -> list[str]:
-    """Settings that ``-m`` gives several values and that would not name a run by themselves.
+    """Settings that a sweep gives several values and that would not name a run by themselves.
 
     Points that differ in nothing else would share a folder, so ``run_name`` names them when told by ``swept=[...]``.
+
+    Args:
+        overrides: what a sweep's file has in ``hydra.sweeper.params`` and then what was typed, as ``key=value``.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [o.key_or_group for o in parsed if o.is_sweep_override() and _first_word(o.key_or_group) in NOT_NAMED]
+    last = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides))}
+    return [key for key, o in last.items() if o.is_sweep_override() and _first_word(key) in NOT_NAMED]
 
 
 def _first_word(key: str) -> str:

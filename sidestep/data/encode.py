@@ -90,6 +90,8 @@ class PreprocessSummary:
     notes: list[str] = field(default_factory=list)
     num_unused_files: int = 0
     """Encoded files that no song of this dataset uses any more."""
+    is_complete: bool = True
+    """Whether there is a dataset to train on; not before the last of its parts is done."""
 
     def lines(self) -> list[str]:
         """Say it in lines of text, the next command last."""
@@ -109,6 +111,8 @@ class PreprocessSummary:
         lines += map(printable, self.notes)
         if self.num_unused_files:
             lines.append(f"{self.num_unused_files} encoded files are of no song any more and were left in place")
+        if not self.is_complete:
+            return lines
         settings = {"dataset_dir": self.dataset_dir, "model_variant": self.model_variant, "adapter": "lokr"}
         if self.checkpoint_dir != "checkpoints":
             settings["checkpoint_dir"] = self.checkpoint_dir
@@ -179,10 +183,11 @@ def _preprocess_shard(
     folder = shard_folder(dataset_dir, shard, num_shards)
     songs, all_songs = songs_of(listing.songs, shard, num_shards), listing.songs
     listing_hash = hash_listing(all_songs)
-    own = dataclasses.replace(listing, songs=songs)
+    # an entry of dataset.json that cannot be used belongs to no part; one of them speaks of it
+    own = dataclasses.replace(listing, songs=songs, failed=listing.failed if shard == 0 else {})
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shard.json").unlink(missing_ok=True)
     with alone_in(folder):
+        (folder / "shard.json").unlink(missing_ok=True)
         written: list[tuple[DatasetInfo, list[SongRecord]]] = []
         summary = _update(config, checkpoint, own, device, dtype, lambda info, records: written.append((info, records)))
         ((info, records),) = written
@@ -190,6 +195,7 @@ def _preprocess_shard(
         write_shard(folder, Shard(listing=listing_hash, info=info, songs=records, failed=summary.failed))
     with alone_in(dataset_dir, wait=True):  # others may be done at the same time
         missing = merge_shards(dataset_dir, num_shards, all_songs, listing_hash)
+    summary.is_complete = not missing
     if missing:
         shown = ", ".join(map(str, missing[:20]))
         summary.notes.append(f"the dataset is put together when all {num_shards} shards are done; still to do: {shown}")

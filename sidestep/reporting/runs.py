@@ -38,6 +38,8 @@ PLAN, POINT, RUN = "plan.json", "point.json", "run.json"
 STATUSES = ("running", "submitted", "waiting", "interrupted", "failed", "finished")
 _NOT_SHOWN = ("swept", "name")
 _WHERE = ("cluster", "hydra", "local")
+_CUT = re.compile("-[0-9a-f]{8}$")
+_BEGAN = ("started", "host", "process", "job")
 _HOST = socket.gethostname()
 MANY = 40
 """Points that a terminal shows one by one."""
@@ -74,6 +76,8 @@ class PlannedPoint:
     overrides: list[str]
     job: str = ""
     """Number of the Slurm job that was submitted for it."""
+    folder: str = ""
+    """Name of its folder; empty until the point is launched."""
 
 
 @dataclass(kw_only=True)
@@ -124,16 +128,15 @@ def collect_points(sweep_dir: Path) -> list[Point]:
             f"python -m sidestep.train -m name=<name> ..."
         )
     queued = queued_jobs()
-    jobs = {same_point(planned.overrides): planned.job for planned in plan.points} if plan is not None else {}
+    jobs = {planned.folder: planned.job for planned in plan.points} if plan is not None else {}
     points, begun = [], set()
     for folder in folders:
         attempt = read_point(folder)
         if attempt is not None:
-            begun.add(same_point(attempt.overrides))
-        job = jobs.get(same_point(attempt.overrides), "") if attempt is not None else ""
-        points.append(_point(folder, attempt, job, queued))
+            begun |= {folder.name, same_point(attempt.overrides)}
+        points.append(_point(folder, attempt, jobs.get(folder.name, ""), queued))
     for planned in plan.points if plan is not None else []:
-        if same_point(planned.overrides) not in begun:
+        if (planned.folder or same_point(planned.overrides)) not in begun:
             status = "waiting"
             if planned.job:
                 status = "submitted" if queued is None or planned.job in queued else "interrupted"
@@ -147,12 +150,16 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     point = Point(
         name=folder.name,
         status=str(record.get("status") or "interrupted"),
-        objective=_objective(record) if trained else None,
+        objective=objective_of(record) if trained else None,
         step=record.get("step", 0),
         num_steps=record.get("num_steps", 0),
         error="" if trained else str(record.get("error", "")),
         record=record,
     )
+    if point.status == "running":
+        began = PointRecord(overrides=[], **{key: record[key] for key in _BEGAN if key in record})
+        if is_alive(began, queued) is False:
+            point.status, point.error = "interrupted", point.error or "its process ended without a word"
     if attempt is None:  # a run that was typed by itself
         chosen = record.get("settings", {})
         point.settings = {key: str(chosen[key]) for key in ("adapter", "optim.lr") if key in chosen}
@@ -172,7 +179,13 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     return point
 
 
-def _objective(record: dict[str, Any]) -> float | None:
+def finished_at(folder: Path) -> str:
+    """When the run in a folder was finished; empty if it was not."""
+    record = _read_json(folder / RUN, parse_record)
+    return str(record.get("finished", "")) if record.get("status") == "finished" else ""
+
+
+def objective_of(record: dict[str, Any]) -> float | None:
     """What a finished run returns: its best validation loss, or its smoothed loss where no song is held out."""
     validation = record.get("validation") or {}
     objective: float | None = validation.get("best_loss") if validation else record.get("smoothed_loss")
@@ -275,7 +288,7 @@ def _settings(overrides: Sequence[str]) -> dict[str, str]:
 
 def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
     """What makes a point the same in two commands: what was typed for it, but not in which order or where it runs."""
-    return tuple(sorted(o for o in overrides if re.split("[./=@]", o.lstrip("+~"))[0] not in _WHERE))
+    return tuple(sorted(o for o in overrides if re.split("[./=@]", o.lstrip("+~"))[0] not in (*_WHERE, "swept")))
 
 
 def _read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
@@ -387,10 +400,12 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     shown = ordered if len(points) <= MANY else ordered[:10]
     ways = ways_of_measuring(points)
     keys = [key for key in _keys(points) if len({point.settings.get(key) for point in points}) > 1]
-    header = ["point", "status", "objective", "steps", "time", "where"]
+    columns = keys if any(_CUT.search(p.name) for p in shown) else []  # where names do not say what tells points apart
+    header = ["point", *columns, "status", "objective", "steps", "time", "where"]
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or "(not begun)",
+            *(p.settings.get(key, "")[:40] for key in columns),
             p.status,
             "" if p.objective is None else f"{p.objective:.4f}",
             f"{p.step}/{p.num_steps}" if p.num_steps else "",

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
 from sidestep.files import hashes_of, keep_others, replacing_folder
+from sidestep.processes import slurm_job
 from sidestep.times import now
 from sidestep.training.final import verify_saved, write_card
 from sidestep.training.flow import TimestepConfig
@@ -336,6 +338,7 @@ class Run:
         )
         record = self.record
         record.status, record.started = "running", now()
+        record.host, record.process, record.job = socket.gethostname(), os.getpid(), slurm_job()
         record.step, record.num_steps = first_step, self.num_steps
         record.write()
 

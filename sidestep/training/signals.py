@@ -31,7 +31,7 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """While open, remembers the first signal instead of dying of it; a second one ends the process at once."""
+    """While open, remembers the first signal instead of dying of it; Ctrl-C after it ends the process at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

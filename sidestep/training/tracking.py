@@ -151,6 +151,10 @@ class RunRecord:
     """hash, loss, base_loss, best_loss, best_step, scales; empty without held-out songs."""
     started: str = ""
     finished: str = ""
+    host: str = ""
+    process: int = 0
+    job: str = ""
+    """Number of the Slurm job; with host and process it tells whether a run that says it is running still is."""
     choices: dict[str, str] = field(default_factory=dict)
     """The option chosen of each group."""
     config: dict[str, Any] = field(default_factory=dict)
