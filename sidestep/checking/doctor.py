@@ -205,11 +205,11 @@ def evaluated_songs(run: Run) -> float:
     """How many songs one process evaluates in a whole run, all times of a song counted once."""
     if not run.held_out:
         return 0.0
-    validation, num_songs = run.config.validation, len(run.held_out)
+    validation, num_songs = run.config.validation, len(run.evaluated)
     at_once = num_songs + min(num_songs, len(run.trained))
     of_mean = num_songs if run.config.ema_decay is not None else 0
     during = times_done(run, validation.every_epochs) * (at_once + of_mean)
-    return (at_once + during) / run.num_processes + num_songs * len(validation.scales)  # the base model comes first
+    return (at_once + during + num_songs * len(validation.scales)) / run.num_processes  # the base model comes first
 
 
 def rendered_pieces(run: Run) -> list[int]:

@@ -173,7 +173,7 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
 def _time_evaluation(run: Run, transformer: nn.Module) -> float:
     """Seconds that the longest held-out song takes, at all of its times."""
     settings = run.config.validation
-    longest = max(run.all_songs.songs[number].num_frames for number in run.held_out)
+    longest = max(run.all_songs.songs[number].num_frames for number in run.evaluated)
     num_frames = min(window_frames(settings.seconds), longest - longest % PATCH_FRAMES)
     sizes = [len(part) for part in torch.arange(settings.num_times).split(run.memory.batch_size)]
     return sum(_time_forward(run, transformer, size, num_frames) for size in sizes)
