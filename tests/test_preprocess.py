@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -484,6 +486,38 @@ def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, son
     summary = preprocess(config)
     assert summary.failed["a/one.wav"] == f"{path} changed while it was read; type the same command again"
     assert len(read_manifest(Path(config.dataset_dir))[1]) == len(summary.changed)
+
+
+def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
+    began, read, encoded = threading.Event(), encode.read_audio, encode.encode_latents
+    seen = []
+
+    def reading(path, *arguments):
+        seen.append(path)
+        if len(seen) == 2:
+            began.set()
+        return read(path, *arguments)
+
+    def encoding(*arguments, **named):
+        assert began.wait(10)  # of the first song, the second one's reading
+        return encoded(*arguments, **named)
+
+    monkeypatch.setattr(encode, "read_audio", reading)
+    monkeypatch.setattr(encode, "encode_latents", encoding)
+    assert len(preprocess(config).changed) == len(seen) >= 2
+
+
+def test_a_song_that_cannot_be_encoded_fails_with_its_copies(config, songs, monkeypatch):
+    path = Path(config.audio_dir) / "a/one.wav"
+    shutil.copyfile(path, path.with_name("copy.wav"))
+
+    def fail(song, *arguments):
+        raise UserError(f"{song} cannot be read")
+
+    monkeypatch.setattr(encode, "read_audio", fail)
+    monkeypatch.setattr(encode, "_refuse_at_once", lambda *arguments: [])
+    with pytest.raises(UserError, match="cannot be read"):
+        preprocess(config)
 
 
 def test_a_named_pipe_among_the_songs_is_refused_instead_of_waited_for(config, songs):

@@ -18,7 +18,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,30 +379,56 @@ def _encode_songs(
         del files[name], todo[name]
     if todo:
         vae = checkpoint.load_vae(device=device, dtype=torch.float32)
-        done: set[Path] = set()
+        broken: dict[Path, str] = {}
+        first = {files[name]: name for name in reversed(todo)}  # of songs with the same audio, one is encoded
+        ahead = _read_ahead([todo[name] for name in todo if first[files[name]] == name], config.max_song_seconds)
         try:
             for name in _with_progress(list(todo), "encoding audio"):
-                if files[name] not in done:  # another song may have the same audio
+                if first[files[name]] == name:
                     try:
-                        latents, loudest = _encode_song(vae, todo[name], files[name].stem, config)
-                        sound = hash_sound(todo[name], config.max_song_seconds)
+                        audio, sound = next(ahead).result()
+                        latents = _encode_song(vae, todo[name], audio, files[name].stem, config)
                         if _version(todo[name]) != hashed[name]:  # it would be kept under the hash of the old audio
                             raise UserError(f"{todo[name]} changed while it was read; type the same command again")
                     except (UserError, FileNotFoundError) as error:
-                        summary.failed[name] = str(error)
-                        del files[name]
-                        continue
-                    _save(files[name], {"latents": latents}, {"peak": f"{loudest:.3g}", "sound": sound})
-                    done.add(files[name])
-                summary.changed.add(name)
+                        broken[files[name]] = str(error)
+                    else:
+                        _save(files[name], {"latents": latents}, {"peak": f"{peak(audio):.3g}", "sound": sound})
+                if files[name] in broken:
+                    summary.failed[name] = broken[files[name]]
+                    del files[name]
+                else:
+                    summary.changed.add(name)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the VAE ran out of memory at tile_seconds={config.tile_seconds:g}; "
                 f"use tile_seconds={max(5, int(config.tile_seconds / 2))} or device=cpu"
             ) from error
+        finally:
+            ahead.close()
         del vae
         _free_memory(device)
     return files
+
+
+def _read_ahead(paths: list[Path], max_seconds: float | None) -> Generator[Future[tuple[Tensor, str]]]:
+    """Read songs in order, each while the one before is encoded; their errors come with their results.
+
+    Yields:
+        The samples (2, S) and the hash of the sound.
+    """
+
+    def read(path: Path) -> tuple[Tensor, str]:
+        return read_audio(path, max_seconds), hash_sound(path, max_seconds)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-audio") as reader:
+        following: Future[tuple[Tensor, str]] | None = None
+        for path in paths:
+            current, following = following, reader.submit(read, path)
+            if current is not None:
+                yield current
+        if following is not None:
+            yield following
 
 
 def _hash_audio(songs: list[Song], summary: PreprocessSummary) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
@@ -454,14 +481,13 @@ def _version(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _encode_song(vae: Any, path: Path, key: str, config: PreprocessConfig) -> tuple[Tensor, float]:
-    """Give a song's latents, (T, 64) in float16, and its peak."""
-    audio = read_audio(path, config.max_song_seconds)
+def _encode_song(vae: Any, path: Path, audio: Tensor, key: str, config: PreprocessConfig) -> Tensor:
+    """Give the latents of a song's samples (2, S): (T, 64) in float16."""
     generator = torch.Generator().manual_seed(int(key[:15], 16))  # the same in any order of songs
     latents = encode_latents(vae, audio, tile_seconds=config.tile_seconds, generator=generator).half()
     if not latents.isfinite().all():
         raise UserError(f"{path} is so loud that its latents are not finite numbers; export it again")
-    return latents, peak(audio)
+    return latents
 
 
 # second pass: words
