@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import peft
@@ -226,8 +227,8 @@ def test_the_longest_ending_of_a_pattern_decides_and_the_scale_follows_the_rank(
 def test_one_kind_of_attention_can_be_trained(name):
     config = EVERY_FAMILY[name]
     for attention in (Attention.self, Attention.cross):
-        settings = {**vars(config), "attention": attention, "target_modules": ["q_proj", "mlp.down_proj"]}
-        paths = list(type(config)(**settings).attach(golden_transformer()).weights())
+        chosen = replace(config, attention=attention, target_modules=["q_proj", "mlp.down_proj"])
+        paths = list(chosen.attach(golden_transformer()).weights())
         expected = {f"layers.{i}.{attention}_attn.q_proj" for i in range(4)}
         assert set(paths) == expected | {f"layers.{i}.mlp.down_proj" for i in range(4)}
 
@@ -442,7 +443,7 @@ def test_an_adapter_that_starts_from_a_saved_one_gives_its_output(name, tmp_path
     expected = trained(config, tmp_path)
     transformer = golden_transformer()
     other_alpha = {"alpha": 3} if hasattr(config, "alpha") else {}
-    adapter = type(config)(**{**vars(config), **other_alpha}).attach(transformer)
+    adapter = replace(config, **other_alpha).attach(transformer)
     adapter.start_from(read_adapter(tmp_path))
     torch.testing.assert_close(output(transformer).detach(), expected, rtol=0, atol=1e-5)
     train(transformer, adapter, steps=1)

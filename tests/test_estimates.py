@@ -55,6 +55,11 @@ def test_tempo_and_key_of_a_song_are_heard(bpm, key):
 
 
 @pytest.mark.slow
+def test_no_tempo_is_slower_than_a_dj_would_call_it():
+    assert analysis.estimate_music(play(60, "C major"))["bpm"] == pytest.approx(120, abs=0.5)
+
+
+@pytest.mark.slow
 def test_what_is_missing_is_estimated_from_the_files_and_marked(tmp_path, capsys):
     write(tmp_path / "songs/loop.wav", play(140, "A minor"), RATE)
     list_songs(

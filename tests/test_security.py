@@ -29,8 +29,14 @@ TALKS = {
     "subprocess", "multiprocessing", "socketserver", "http", "urllib", "requests", "httpx", "aiohttp", "ftplib",
     "smtplib", "ssl", "xmlrpc", "webbrowser", "huggingface_hub", "wandb", "posthog", "sentry_sdk", "boto3",
 }  # fmt: skip
-NEEDED = {"processes.py": {"subprocess"}, "reporting/runs.py": {"subprocess"}, "slurm.py": {"subprocess", "input"}}
-"""What single modules may do of this: call Slurm's own programs, without a shell, and ask before cancelling jobs."""
+NEEDED = {
+    "processes.py": {"subprocess"},
+    "reporting/runs.py": {"subprocess"},
+    "slurm.py": {"subprocess", "input"},
+    "captioner.py": {"urllib", "http"},
+}
+"""What single modules may do of this: call Slurm's own programs, without a shell, ask before cancelling jobs, and send
+songs to the one server that the user types."""
 CALLS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 METHODS = {
     "os.system", "os.popen", "os.spawnl", "os.execv", "os.fork", "os.chmod", "os.umask", "yaml.load",
@@ -47,7 +53,7 @@ MAY_WRITE = {
     "inference/music_files.py", "inspecting/inspect.py", "inspecting/plot.py", "training/final.py", "training/run.py",
     "training/state.py", "training/tracking.py", "training/previews.py", "training/validation.py",
     "inference/previews.py", "reporting/page.py", "reporting/runs.py", "data/checks.py", "data/listing.py",
-    "data/shards.py", "slurm.py", "sweep.py", "training/fisher.py",
+    "data/shards.py", "slurm.py", "sweep.py", "training/fisher.py", "data/estimates.py",
 }  # fmt: skip
 """Modules that make, change or delete files. Each takes the folder from the settings and from nowhere else."""
 

@@ -19,6 +19,8 @@ RATE = 22_050
 MAX_SECONDS = 120
 """Of a longer song, its middle is heard."""
 MIN_SECONDS, MIN_BEATS = 8, 8
+MIN_BPM = 70
+"""Slower beats are taken for every second one, as DJ programs do: fewer songs are so slow than are heard so."""
 
 Samples = npt.NDArray[np.float32]
 _MAJOR = ("C", "Db", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
@@ -73,7 +75,10 @@ def _tempo(samples: Samples) -> float | None:
     if len(beats) < MIN_BEATS:
         return None
     seconds, _ = np.polyfit(np.arange(len(beats)), beats, 1)
-    return round(60 / float(seconds), 1)
+    bpm = 60 / float(seconds)
+    while round(bpm) < MIN_BPM:
+        bpm *= 2
+    return round(bpm, 1)
 
 
 def _key(samples: Samples) -> str | None:
