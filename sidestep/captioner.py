@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -99,6 +100,13 @@ class OpenAIConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable, re.ASCII):  # not shown, as it may be the key itself
+            raise UserError("captioner.key_variable must be the name of an environment variable, and not the key in it")
+        if "@" in self.url or "?" in self.url:
+            raise UserError(
+                "captioner.url must not hold a password or a key, because it is shown; "
+                f"put the key into the environment variable {self.key_variable}"
+            )
         try:
             parts = urlsplit(self.url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -106,11 +114,6 @@ class OpenAIConfig(ModelConfig):
             is_address = False
         if not is_address or not self.url.isprintable():
             raise UserError(f"captioner.url={self.url} must be an address such as http://localhost:8000/v1")
-        if parts.username is not None or parts.password is not None or parts.query:
-            raise UserError(
-                "captioner.url must not hold a password or a key, because it is shown; "
-                f"put the key into the environment variable {self.key_variable}"
-            )
         if not self.model.strip():
             raise UserError("captioner.model is empty; type captioner.model=...")
         if self.timeout_seconds <= 0:

@@ -316,6 +316,11 @@ def test_a_server_of_another_kind_is_refused(asking, content, monkeypatch):
     [
         ("captioner.url=localhost:8000", "captioner.url=localhost:8000 must be an address such as"),
         ("captioner.url='http://me:pw@host/v1'", "captioner.url must not hold a password or a key"),
+        ("captioner.url='http://me:pw@host:many/v1'", "^captioner.url must not hold a password or a key"),
+        (
+            "captioner.key_variable=sk-123",
+            "^captioner.key_variable must be the name of an environment variable, and not",
+        ),
         ("captioner.url='http://host:many/v1'", "must be an address such as"),
         ("captioner.ask=[title]", "captioner.ask=title must be one of caption, lyrics"),
         ("captioner.retries=-1", "captioner.retries=-1 must be from 0 to 100"),
