@@ -62,4 +62,4 @@ def test_a_service_without_its_package_is_refused_before_anything_is_written(tmp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"tracking={service} needs the package {service}: pip install"):
         run_training(tmp_path / "run", *places, f"tracking={service}")
-    assert not list((tmp_path / "run").iterdir())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
