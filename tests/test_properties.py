@@ -236,8 +236,8 @@ def test_a_duration_is_said_in_few_words(seconds):
 @given(st.lists(st.floats(4, 200), min_size=1, max_size=6, unique=True), st.floats(0, 300))
 def test_a_profile_that_fits_is_chosen_where_there_is_one(sizes, available):
     profiles = [
-        VramConfig(memory_gib=gib, batch_size=number + 1, gradient_accumulation_steps=1, gradient_checkpointing=False,
-                   max_seconds=10.0)
+        VramConfig(memory_gib=gib, batch_size=number + 1, gradient_accumulation_steps=1, gradient_checkpointing="none",
+                   checkpointed_share=1.0, offloaded_share=0.0, base_quantization="none", max_seconds=10.0)
         for number, gib in enumerate(sizes)
     ]  # fmt: skip
     chosen = sizes[VramConfig().resolve(profiles, available).batch_size - 1]
