@@ -209,6 +209,8 @@ class MicroStep:
         """Measure the peak of a step above what is held before it, in MiB; only a CUDA device counts it."""
         if self.device.type != "cuda":
             return None
+        for tensor in (*self.transformer.parameters(), self.inputs["hidden_states"]):
+            tensor.grad = None  # those of the step before
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self()

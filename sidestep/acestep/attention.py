@@ -123,31 +123,38 @@ class WindowedAttention:
     def _flex(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the band by FlexAttention; from (B, S, H, D) to the same."""
         kind = (*key.shape[:2], key.device)
-        if kind not in self._bands:
-            self._bands[kind] = _band(key, attn.sliding_window, self._patch_mask)
+        if torch.compiler.is_compiling():
+            band = _band(key, attn.sliding_window, self._patch_mask)
+        elif kind in self._bands:
+            band = self._bands[kind]
+        else:
+            band = self._bands[kind] = _band(key, attn.sliding_window, self._patch_mask)
         output: Tensor = _compiled_flex_attention(key.device.type)(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            block_mask=self._bands[kind],
+            block_mask=band,
             scale=attn.scaling,
             enable_gqa=attn.heads != attn.kv_heads,
         ).transpose(1, 2)
         return output
 
     def _mask(self, of_condition: bool, key: Tensor, window: int | None) -> Tensor | None:
-        """Make what is added to a layer's scores; once per batch, since every layer of a kind has the same."""
+        """Give what is added to a layer's scores; made once per batch, since every layer of a kind has the same."""
+        if torch.compiler.is_compiling():  # a dict of sizes would be compiled anew for each
+            return self._make_mask(of_condition, key, window)
         kind = (of_condition, window, *key.shape[:2], key.dtype, key.device)
         if kind not in self._masks:
-            real = self._condition_mask if of_condition else self._patch_mask
-            seen = _seen(key, window, real)
-            if seen is not None:
-                # not minus infinity, because a padded token may see nothing at all, and must not become nan
-                hidden = torch.full(seen.shape, torch.finfo(key.dtype).min, dtype=key.dtype, device=key.device)
-                self._masks[kind] = hidden.masked_fill_(seen, 0.0)[:, None]
-            else:
-                self._masks[kind] = None
+            self._masks[kind] = self._make_mask(of_condition, key, window)
         return self._masks[kind]
+
+    def _make_mask(self, of_condition: bool, key: Tensor, window: int | None) -> Tensor | None:
+        seen = _seen(key, window, self._condition_mask if of_condition else self._patch_mask)
+        if seen is None:
+            return None
+        # not minus infinity, because a padded token may see nothing at all, and must not become nan
+        hidden = torch.full(seen.shape, torch.finfo(key.dtype).min, dtype=key.dtype, device=key.device)
+        return hidden.masked_fill_(seen, 0.0)[:, None]
 
 
 def _through(layers: Any, output: Tensor) -> Tensor:

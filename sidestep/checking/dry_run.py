@@ -25,7 +25,7 @@ from sidestep.inference.pipeline import Request
 from sidestep.inference.previews import render
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.forward import predict_velocity
-from sidestep.training.loop import make_accelerator, update_unless_bad
+from sidestep.training.loop import compile_blocks, make_accelerator, update_unless_bad
 from sidestep.training.memory import plan_memory
 from sidestep.training.offload import OffloadedBlocks, first_blocks
 from sidestep.training.previews import Previews
@@ -118,17 +118,20 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
     config, memory = run.config, run.memory
     accelerator = make_accelerator(run.precision, run.device)
     device = run.device
+    if kept is not None and memory.offloaded_share:
+        kept.drop()  # as the run will
+        kept = None
     transformer = run.checkpoint.load_transformer(
-        device=device,
-        dtype=run.dtype,
-        quantization=memory.base_quantization,
-        kept=None if memory.offloaded_share else kept,
+        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
     )
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
-    weights = _gib(transformer.parameters())
+    waiting = [t for block in first_blocks(transformer, memory.offloaded_share) for t in _tensors(block)]
+    weights = _gib(_tensors(transformer)) - _gib(waiting)
     adapter = config.adapter.attach(transformer)
     parameters = list(adapter.parameters())
     attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
+    if config.compile:
+        compile_blocks(transformer, device)
     model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
     OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
     forward = run.forward(model, attention, device)
@@ -228,6 +231,11 @@ def _seconds_since(began: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic() - began
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """All weights; those that are stored in 8 or 4 bits are buffers."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _gib(tensors: object) -> float:

@@ -76,6 +76,8 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: 
         finally:
             # a sweep runs in one process: Accelerate would keep the first run's precision, and the model's patched
             # forward, which refers to itself, the first run's weights
+            if config.compile:
+                torch._dynamo.reset()  # what was compiled for this run's modules counts against the next one's limit
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             gc.collect()
@@ -263,10 +265,10 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if validation is not None and validation.last_step != done:  # as where validation.patience was lowered
             look(done)
     attention.remove()
-    offloaded.remove()
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     optimizer.state.clear()  # finish needs memory, and nothing is trained after it
+    offloaded.remove()
     if accelerator.is_main_process:
         if mean is not None:
             with mean.in_place():
@@ -340,11 +342,15 @@ def update_unless_bad(optimizer: AcceleratedOptimizer, grad_norm: Tensor, scaler
 def compile_blocks(transformer: Any, device: torch.device, backend: str = "inductor") -> None:
     """Compile the blocks of a transformer, which are alike: the first two, one of each attention, serve for all.
 
+    The first lengths that differ are compiled once more, for any length; with and without padding and gradients there
+    are a few kinds of each, which is more than PyTorch's usual limit.
+
     Raises:
         UserError: on a CPU, where PyTorch 2.13 compiles a wrong backward pass: 3 per cent off on the bare model.
     """
     if device.type != "cuda" and backend == "inductor":
         raise UserError(f"compile=true needs a CUDA GPU, and this is {device.type}; leave it out")
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for layer in transformer.layers:
         layer.compile(backend=backend)
 

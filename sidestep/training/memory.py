@@ -152,6 +152,12 @@ def choose_checkpointing(
     else:
         num_layers = most
     total = without + plan.recomputed - num_layers * saved
+    if total > usable:
+        log.warning(
+            "about %.1f GiB are planned, and this device has %.1f; if memory runs out, type max_seconds=%g, "
+            "vram_profile.base_quantization=int8 or vram_profile.offloaded_share=1 (docs/vram.md)",
+            total + OVERHEAD_GIB, available_gib, memory.max_seconds / 2,
+        )  # fmt: skip
     log.info(
         "gradient checkpointing: %s for %d of %d layers; about %.1f of %.1f GiB are planned",
         kind, num_layers, model.num_hidden_layers, total + OVERHEAD_GIB, available_gib,

@@ -46,19 +46,23 @@ class OffloadedBlocks:
             block.forward = partial(self._run, number, block.forward)
 
     def go_home(self) -> None:
-        """Leave nothing but the buffers on the device, after the model was moved."""
+        """Leave nothing but two buffers on the device, also after the model was moved, which replaces its tensors."""
+        self._tensors = [_frozen(block) for block in self._blocks]
         for number in range(len(self._blocks)):
             self._point(number, self._at_home[number])
 
     def remove(self) -> None:
         """Put all weights on the device for good."""
+        if self._copying is not None:
+            self._copying.synchronize()
         for number, block in enumerate(self._blocks):
             del block.forward
             self._point(number, [home.to(self._device) for home in self._at_home[number]])
         self._buffers, self._hosts, self._at_home = [], [], []
 
     def _run(self, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        following = number - 1 if number < self._last else number + 1  # backwards in the backward pass
+        backwards = 0 < number < self._last  # as in the backward pass; a forward pass begins with 0
+        following = number - 1 if backwards else number + 1
         self._last = number
         buffer = self._fetch(number)
         if self._copying is not None:
