@@ -4,8 +4,9 @@
     python benchmarks/trainer.py --full           # the real sizes; needs a CUDA device
 
 The trainer is `sidestep.training.loop.train` itself, as a command runs it, from dataset files, logging every 10 steps
-and saving once. Runs of few and of many steps are made in turn with the bare loop, and what the additional steps took
-is compared, so that starting and ending do not count. On the CPU the time is that of the processor, not of the clock.
+and saving. Runs of few and of many steps are made in turn with the bare loop, and what the additional steps took, with
+one checkpoint among them, is compared, so that starting and ending do not count. On the CPU the time is that of the
+processor, not of the clock.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
             overrides = [
                 "name=benchmark", "model_variant=base", f"adapter={adapter}", f"device={options.device}",
                 f"checkpoint_dir={place}/checkpoints", f"dataset_dir={place}/data", f"max_seconds={options.seconds}",
-                "max_epochs=null", "max_steps=1", "save_every_epochs=null", "vram_profile=80gb",
+                "max_epochs=null", "max_steps=1", "save_every_epochs=null", f"save_every_steps={many - few}",
+                "vram_profile=80gb",
                 "vram_profile.batch_size=1", "vram_profile.gradient_accumulation_steps=1",
             ]  # fmt: skip
             config = to_dataclass(compose_or_explain("train", overrides), TrainConfig)

@@ -9,6 +9,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.frozen import keep_less
 from sidestep.adapters.layers import StructuredLokr
 from sidestep.adapters.loha import LohaConfig
 from sidestep.adapters.lokr import LokrConfig
@@ -250,3 +251,26 @@ def test_a_block_is_traced_whole_and_keeps_its_gradients(config):
 def test_compiling_on_a_cpu_is_refused():
     with pytest.raises(UserError, match="compile=true needs a CUDA GPU, and this is cpu; leave it out"):
         compile_blocks(golden_transformer(), torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.slow
+def test_songs_of_many_lengths_are_compiled_a_few_times(monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    transformer = golden_transformer().requires_grad_(False)
+    keep_less(transformer)
+    attention = WindowedAttention(transformer)
+    LoraConfig(rank=4).attach(transformer)
+    compile_blocks(transformer, torch.device("cpu"), backend="eager")
+    t = torch.tensor([0.5])
+    graphs = []
+    for num_tokens, num_condition_tokens in ((120, 20), (120, 25), (96, 33), (150, 41), (101, 57), (130, 90)):
+        attention.set_padding(None, None)
+        latents, condition, context = (
+            torch.randn(1, length, width)
+            for length, width in ((2 * num_tokens, 64), (num_condition_tokens, 64), (2 * num_tokens, 128))
+        )
+        transformer(latents, t, t, condition, context, return_dict=False)[0].square().mean().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[2] < 12  # after the third song there is nothing that was not compiled for any length
