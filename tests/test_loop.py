@@ -145,6 +145,7 @@ def test_a_run_whose_frozen_weights_wait_in_main_memory_trains_and_evaluates_the
     ("settings", "message"),
     [
         (["attention_kernel=flex"], "attention_kernel=flex needs a CUDA GPU, and this is cpu"),
+        (["compile=true"], "compile=true needs a CUDA GPU, and this is cpu"),
         (
             ["compile=true", "vram_profile.gradient_checkpointing=full", "vram_profile.offloaded_share=1"],
             "compile=true cannot follow weights that wait in main memory",

@@ -513,13 +513,13 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         memory.max_seconds = config.max_seconds
     if config.attention_kernel is AttentionKernel.flex and device.type != "cuda":
         raise UserError(f"attention_kernel=flex needs a CUDA GPU, and this is {device.type}; leave it out")
-    if config.compile and device.type != "cuda":
-        raise UserError(f"compile=true needs a CUDA GPU, and this is {device.type}; leave it out")
     if config.compile and memory.offloaded_share:
         raise UserError(
             "compile=true cannot follow weights that wait in main memory; "
             "leave it out, or type vram_profile.offloaded_share=0"
         )
+    if config.compile and device.type != "cuda":
+        raise UserError(f"compile=true needs a CUDA GPU, and this is {device.type}; leave it out")
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
     if memory.gradient_checkpointing is GradientCheckpointing.auto:
         memory = choose_checkpointing(
