@@ -25,7 +25,7 @@ from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode, sampler
-from sidestep.data.audio import hash_sound
+from sidestep.data.audio import read_hashed
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
 from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
@@ -141,7 +141,7 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
         latents = load_file(folder / record.latents)["latents"]
         assert latents.shape == (record.num_frames, 64)
         assert latents.dtype is torch.float16
-        assert record.sound == hash_sound(Path(config.audio_dir) / record.audio)
+        assert record.sound == read_hashed(Path(config.audio_dir) / record.audio)[1]
     parts = {"lyrics", "instrumental", "reference", "caption", "genre"}
     assert set(load_file(folder / records["b/two.flac"].conditions)) == parts
     lines = summary.lines()
@@ -475,21 +475,21 @@ def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, l
 
 def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, songs, monkeypatch):
     path = Path(config.audio_dir) / "a/one.wav"
-    read = encode.read_audio
+    read = encode.read_hashed
 
     def change_meanwhile(song, *arguments):
         if song == path:
             os.utime(path, ns=(0, 0))
         return read(song, *arguments)
 
-    monkeypatch.setattr(encode, "read_audio", change_meanwhile)
+    monkeypatch.setattr(encode, "read_hashed", change_meanwhile)
     summary = preprocess(config)
     assert summary.failed["a/one.wav"] == f"{path} changed while it was read; type the same command again"
     assert len(read_manifest(Path(config.dataset_dir))[1]) == len(summary.changed)
 
 
 def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
-    began, read, encoded = threading.Event(), encode.read_audio, encode.encode_latents
+    began, read, encoded = threading.Event(), encode.read_hashed, encode.encode_latents
     seen = []
 
     def reading(path, *arguments):
@@ -502,7 +502,7 @@ def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
         assert began.wait(10)  # of the first song, the second one's reading
         return encoded(*arguments, **named)
 
-    monkeypatch.setattr(encode, "read_audio", reading)
+    monkeypatch.setattr(encode, "read_hashed", reading)
     monkeypatch.setattr(encode, "encode_latents", encoding)
     assert len(preprocess(config).changed) == len(seen) >= 2
 
@@ -514,7 +514,7 @@ def test_a_song_that_cannot_be_encoded_fails_with_its_copies(config, songs, monk
     def fail(song, *arguments):
         raise UserError(f"{song} cannot be read")
 
-    monkeypatch.setattr(encode, "read_audio", fail)
+    monkeypatch.setattr(encode, "read_hashed", fail)
     monkeypatch.setattr(encode, "_refuse_at_once", lambda *arguments: [])
     with pytest.raises(UserError, match="cannot be read"):
         preprocess(config)
@@ -550,10 +550,10 @@ def test_audio_that_cannot_be_decoded_is_named_before_any_model_is_loaded(config
     words(songs / "noise.mp3", "not sound")
     (songs / "empty.flac").touch()
     write(songs / "short.wav", noise(0.05), 48_000)
-    for name in ("cut.wav", "cut.ogg"):
+    for name in ("cut.wav", "cut.ogg", "cut.flac"):
         whole = write(songs / name, noise(2), 48_000).read_bytes()
         (songs / name).write_bytes(whole[: len(whole) // 2])
-    bad = {"noise.wav", "noise.mp3", "empty.flac", "short.wav", "cut.wav", "cut.ogg"}
+    bad = {"noise.wav", "noise.mp3", "empty.flac", "short.wav", "cut.wav", "cut.ogg", "cut.flac"}
     named = []
     load = Checkpoint.load_vae
     monkeypatch.setattr(Checkpoint, "load_vae", lambda *args, **kw: named.append(caplog.text) or load(*args, **kw))
@@ -575,6 +575,15 @@ def test_nothing_is_encoded_while_lines_of_songs_jsonl_cannot_be_read(config, so
     words(songs / "songs.jsonl", '{"audio": "a/one.wav", "caption": "new",}\n{"audio": "03 - three.wav"}\n[]\n')
     with pytest.raises(UserError, match=r"songs\.jsonl line 1: is not JSON.*songs\.jsonl line 3: it must be an object"):
         preprocess(config)
+    assert not loads
+
+
+def test_nothing_is_encoded_while_a_name_in_songs_jsonl_is_mistyped(config, songs, loads):
+    words(songs / "songs.jsonl", '{"audio": "a/one.wav", "captoin": "new"}\n{"audio": "tree.wav", "caption": "x"}\n')
+    with pytest.raises(UserError) as error:
+        preprocess(config)
+    assert "songs.jsonl line 1: captoin: there is no such key; there are caption, genre" in str(error.value)
+    assert "songs.jsonl line 2: there is no audio file tree.wav" in str(error.value)
     assert not loads
 
 
@@ -627,17 +636,21 @@ def test_a_folder_of_bad_songs_only_is_refused(config, tmp_path):
         preprocess(config)
 
 
-def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(config, tmp_path):
+def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(config, tmp_path, caplog):
     root = tmp_path / "songs"
     root.mkdir()
     soundfile.write(root / "quiet.wav", np.zeros((9_600, 2)), 48_000)
     words(root / "quiet.caption.txt", "word " * 500)
     words(root / "dataset.json", json.dumps([{"audio_path": "gone.wav", "caption": "x"}]))
+    caplog.set_level("INFO")
     first, second = preprocess(config), preprocess(config)
     for summary in (first, second):
         assert summary.silent == ["quiet.wav"]
         assert summary.truncated["quiet.wav"]["caption"] > 200
-        assert "no audio file for the entry gone.wav" in summary.lines()
+        assert f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav" in summary.lines()
+    said = [record.getMessage() for record in caplog.records]
+    at = said.index(f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav")
+    assert at < next(number for number, line in enumerate(said) if line.startswith("encoding audio"))
 
 
 def test_no_more_of_a_song_is_read_than_asked_for(config, songs):

@@ -89,6 +89,17 @@ def test_a_key_that_is_not_a_songs_is_noted_wherever_it_stands(folder):
     assert listing.notes == [f"not used from {root / 'x.txt'}: title: Foo, album: Bar"]
 
 
+def test_keys_of_json_that_are_not_used_are_named_once(folder):
+    words = {"file_name": "x.wav", "captoin": "x", "duration": 3}
+    root = folder({"x.wav": "", "y.wav": "", "x.json": words, "y.json": words, "metadata.jsonl": words})
+    root = folder({"dataset.json": [{"filename": "x.wav", "tempa": 90}, {"filename": "y.wav", "tempa": 90}]})
+    assert read_songs(root).notes == [
+        f"not used from {root / 'dataset.json'}: tempa",
+        f"not used from {root / 'metadata.jsonl'}: captoin, duration",
+        "keys of JSON files beside songs that are not used: captoin",
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -150,6 +161,30 @@ def test_only_the_value_that_counts_can_fail_a_song(folder):
     assert "dataset.json entry 0 of x.wav: bpm must be" in note
 
 
+def test_a_key_that_is_none_is_noted_in_a_table_and_a_mistake_beside_a_song(folder):
+    root = folder({"x.wav": "", "y.wav": "", "y.json": {"keyscale": "Off-Key"}})
+    folder({"metadata.csv": "file_name,key\nx.wav,All\n"})
+    listing = read_songs(root)
+    assert [(song.name, song.keyscale) for song in listing.songs] == [("x.wav", "")]
+    assert listing.failed["y.wav"].endswith(
+        """keyscale must be a key such as "C major" or "F# minor", it is 'Off-Key'"""
+    )
+    assert "metadata.csv line 2 of x.wav: keyscale must be" in listing.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "right", "lyrics"),
+    [({"sections": "x"}, {"lyrics": "la"}, "la"), ({"lyrics": 3}, {"sections": [{"start": 1, "lyrics": "li"}]}, "li")],
+)
+def test_lyrics_and_sections_take_the_place_of_each_other(folder, bad, right, lyrics):
+    root = folder({"x.wav": "", "x.json": right, "dataset.json": [{"filename": "x.wav", **bad}]})
+    listing = read_songs(root)
+    assert (listing.failed, [song.lyrics for song in listing.songs]) == ({}, [lyrics])
+    assert "entry 0 of x.wav" in listing.notes[0]
+    folder({"x.json": {**bad, **right}})
+    assert list(read_songs(root).failed) == ["x.wav"]
+
+
 @pytest.mark.parametrize(
     ("value", "bpm"), [("120 bpm", 120), ("119.6BPM", 120), (90.0, 90), ("128,00", 128), ("127,6 BPM", 128)]
 )
@@ -197,7 +232,7 @@ def test_entries_find_their_song_by_path_or_by_file_name(folder):
     folder({"dataset.json": entries})
     listing = read_songs(root)
     assert [song.caption for song in listing.songs] == ["absolute", "relative", "another machine", "name"]
-    assert listing.missing == ["/nowhere/gone.wav"]
+    assert list(listing.missing.values()) == ["/nowhere/gone.wav"]
 
 
 def test_a_dataset_json_elsewhere_names_songs_relative_to_itself_or_to_the_songs(folder, tmp_path):
@@ -330,7 +365,7 @@ def test_names_of_any_length_are_no_fault(folder):
     longest = "x" * 251 + ".wav"
     listing = read_songs(folder({longest: "", "dataset.json": [{"filename": "y" * 5_000}, {"filename": longest}]}))
     assert [song.name for song in listing.songs] == [longest]
-    assert listing.missing == ["y" * 200]
+    assert list(listing.missing.values()) == ["y" * 200]
 
 
 @pytest.mark.parametrize("content", [{"songs": []}, "words", {"samples": {}}])

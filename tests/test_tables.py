@@ -101,7 +101,7 @@ def test_tables_that_a_named_one_replaces_are_noted(folder, tmp_path):
 def test_columns_that_say_nothing_about_a_song_are_noted(folder, tmp_path):
     (tmp_path / "mik.csv").write_text(DIALECTS["mixed_in_key.csv"])
     assert read_songs(folder(), metadata_file=tmp_path / "mik.csv").notes == [
-        f"columns of {tmp_path / 'mik.csv'} that are not used: energy"
+        f"not used from {tmp_path / 'mik.csv'}: energy"
     ]
 
 
@@ -131,7 +131,7 @@ def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
     )
     listing = read_songs(root)
     assert not listing.songs
-    assert listing.missing == ["gone.wav"]
+    assert listing.missing == {f"{root / 'metadata.csv'} line 4": "gone.wav"}
     csv, jsonl = root / "metadata.csv", root / "live/metadata.jsonl"
     for key, reason in {
         "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute above 0, it is 'fast'",
@@ -336,7 +336,7 @@ def test_songs_jsonl_says_what_every_source_said(folder, capsys):
     lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["lyrics"].splitlines()[:2] == ["[00:01.000][Verse]", "[00:01.000]first line"]
     assert lines[1:] == [
-        {"audio": "live/02 - Two_hearts.flac", "caption": "Two hearts"},
+        {"audio": "live/02 - Two_hearts.flac"},
         {"audio": "live/three.mp3", "caption": "café", "genre": "pop", "lyrics": "la"},
     ]
     after = words(root)

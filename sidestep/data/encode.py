@@ -36,7 +36,7 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, encode_reference, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.config.typed import as_typed
-from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, hash_sound, peak, probe_audio, read_audio
+from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_hashed
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
@@ -86,8 +86,8 @@ class PreprocessSummary:
     truncated: dict[str, dict[str, int]] = field(default_factory=dict)
     """Songs with a text longer than ACE-Step reads: tokens cut from each text."""
     silent: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """Entries of dataset.json without an audio file."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Entries of tables without an audio file, by file and line."""
     notes: list[str] = field(default_factory=list)
     num_unused_files: int = 0
     """Encoded files that no song of this dataset uses any more."""
@@ -108,7 +108,7 @@ class PreprocessSummary:
             cut = " and ".join(f"{tokens} tokens of the {text}" for text, tokens in cuts.items())
             lines.append(f"cut {name}: {cut} are past what ACE-Step reads")
         lines += [f"silent {name}: no sample is louder than -80 dBFS" for name in self.silent]
-        lines += [f"no audio file for the entry {name}" for name in self.missing]
+        lines += [printable(f"{where}: there is no audio file {name}") for where, name in self.missing.items()]
         lines += map(printable, self.notes)
         if self.num_unused_files:
             lines.append(f"{self.num_unused_files} encoded files are of no song any more and were left in place")
@@ -161,7 +161,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     )
     if listing.lost:
         told = "; ".join(f"{printable(where)}: {printable(reason)}" for where, reason in listing.lost.items())
-        raise UserError(f"{told}; mend it first, since some songs would be told old words in the place of these")
+        raise UserError(f"{told}; mend it first, since some songs would be told other words in the place of these")
     folder = Path(config.dataset_dir)
     _make_folders(folder)
     if config.shard is not None and config.num_shards is not None:
@@ -185,7 +185,12 @@ def _preprocess_shard(
     songs, all_songs = songs_of(listing.songs, shard, num_shards), listing.songs
     listing_hash = hash_listing(all_songs)
     # an entry of dataset.json that cannot be used belongs to no part; one of them speaks of it
-    own = dataclasses.replace(listing, songs=songs, failed=listing.failed if shard == 0 else {})
+    own = dataclasses.replace(
+        listing,
+        songs=songs,
+        failed=listing.failed if shard == 0 else {},
+        missing=listing.missing if shard == 0 else {},
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
         (folder / "shard.json").unlink(missing_ok=True)
@@ -235,6 +240,8 @@ def _update(
     )
     for name, reason in listing.failed.items():  # at once, because encoding may take hours
         log.warning("%s is left out: %s", printable(name), printable(reason))
+    for where, name in listing.missing.items():
+        log.warning("%s: there is no audio file %s", printable(where), printable(name))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
     to_encode = listing.songs + _reference_song(config.reference)
@@ -417,14 +424,10 @@ def _read_ahead(paths: list[Path], max_seconds: float | None) -> Generator[Futur
     Yields:
         The samples (2, S) and the hash of the sound.
     """
-
-    def read(path: Path) -> tuple[Tensor, str]:
-        return read_audio(path, max_seconds), hash_sound(path, max_seconds)
-
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-audio") as reader:
         following: Future[tuple[Tensor, str]] | None = None
         for path in paths:
-            current, following = following, reader.submit(read, path)
+            current, following = following, reader.submit(read_hashed, path, max_seconds)
             if current is not None:
                 yield current
         if following is not None:

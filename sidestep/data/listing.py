@@ -15,7 +15,7 @@ from sidestep.captioner import ModelConfig
 from sidestep.config.data import SongsConfig
 from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
-from sidestep.data.songs import SongList, printable, read_songs
+from sidestep.data.songs import SongList, caption_from_name, printable, read_songs
 from sidestep.data.tables import SONGS
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import Song, merge
@@ -48,7 +48,7 @@ def list_songs(config: SongsConfig) -> SongList:
     if config.estimate:
         listing.notes += estimate(chosen, Path(config.cache_dir))
     if isinstance(config.captioner, ModelConfig):
-        listing.notes += ask(chosen, config.captioner, Path(config.cache_dir))
+        listing.notes += ask(chosen, config.captioner, Path(config.cache_dir), listing.unanswered)
     for song in listing.songs:
         _print_song(song, before[song.name])
     _print_faults(listing)
@@ -84,6 +84,8 @@ def as_line(song: Song) -> dict[str, Any]:
             value = song.says_instrumental
         if value != getattr(default, key):
             values[key] = value
+    if song.caption == caption_from_name(song.path):  # nobody wrote it, and whoever reads the line makes it again
+        values.pop("caption", None)
     return values
 
 
@@ -138,8 +140,10 @@ def _print_song(song: Song, before: Song) -> None:
 def _print_faults(listing: SongList) -> None:
     for name, reason in listing.failed.items():
         print(printable(f"cannot be used: {name}: {reason}"))
-    for name in listing.missing:
-        print(printable(f"no audio file for the entry {name}"))
+    for name, reason in listing.unanswered.items():
+        print(printable(f"no answer about {name}: {reason}"))
+    for where, name in listing.missing.items():
+        print(printable(f"{where}: there is no audio file {name}"))
     for note in listing.notes:
         print(printable(note))
     guessed = sum(song.source == "file name" for song in listing.songs)
