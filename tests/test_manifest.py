@@ -40,6 +40,8 @@ def edit_info(folder, **values):
         ({"weight": -1.0}, "line 1: .*weight a number above 0"),
         ({"prompt": "genre"}, "line 1: .*prompt one of prompts"),
         ({"prompts": ["caption", "mood"]}, "line 1: prompts must be of caption, genre, tag"),
+        ({"prompts": ["caption", ["x"]]}, "line 1: prompts must be of caption, genre, tag"),
+        ({"num_references": 10**9}, r"line 1: num_references is 1e\+09, and a song of \d+ frames has 0 or 0"),
         ({"audio": None}, "audio must be str, found None"),
         ({"tempo": 3}, "cannot be understood: .*unexpected keyword argument 'tempo'"),
         ({"latents": "/etc/passwd"}, "'/etc/passwd' is no file of the dataset folder"),

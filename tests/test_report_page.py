@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from sidestep.reporting.page import write_page
-from sidestep.reporting.runs import as_csv, as_json, as_table, collect_points
+from sidestep.reporting.runs import PointRecord, as_csv, as_json, as_table, collect_points, is_alive
 from tests.factories import run_training
 
 CHROMIUM = next(
@@ -190,6 +190,11 @@ def test_a_damaged_file_costs_no_more_than_what_it_said(file, tmp_path):
         assert [run["row"] for run in shown] == json.loads(as_json(points))
         assert [run["row"]["point"] for run in shown] == ["good", "hurt"]
         assert {**shown[0], "row": None} == {**whole, "row": None}
+
+
+@pytest.mark.parametrize("process", [-1, 10**15])
+def test_what_is_no_number_of_a_process_is_no_process(process):
+    assert is_alive(PointRecord([], host=socket.gethostname(), process=process), None) is False
 
 
 def test_long_curves_are_thinned_and_the_lowest_evaluation_stays(tmp_path):

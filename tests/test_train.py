@@ -114,6 +114,25 @@ def test_resume_from_starts_another_run_where_this_one_stopped(tmp_path, places)
     assert_same_weights(tmp_path / "first/final", tmp_path / "second/final")
 
 
+def test_a_mistyped_resume_from_is_refused_and_that_of_another_run_is_used_once(tmp_path, places, caplog):
+    settings = ("adapter=lora", *places, "save_every_epochs=1", "max_epochs=2")
+    run_training(tmp_path / "first", *settings)
+    second = shutil.copytree(tmp_path / "first", tmp_path / "second")
+    for mistyped in ("checkpoints/epoch_7", "checkpoints", "final", "set_aside/epoch_1"):
+        with pytest.raises(UserError, match=f"{mistyped} is not a checkpoint"):
+            run_training(second, *settings, f"resume_from={second / mistyped}")
+
+    start = f"resume_from={tmp_path / 'first/checkpoints/epoch_1'}"
+    run_training(second, *settings, start)
+    assert "first/checkpoints/epoch_1 at step 4" in caplog.text
+    assert [path.name for path in (second / "checkpoints").iterdir()] == ["epoch_2"]
+    (aside,) = (second / "set_aside").iterdir()
+    assert sorted(path.name for path in aside.iterdir()) == ["epoch_1", "epoch_2"]
+    caplog.clear()
+    run_training(second, *settings, start)
+    assert "is finished at step 8" in caplog.text
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path, places):
     settings = ("adapter=lora", "adapter.dropout=0.1", *places, "max_epochs=1")
     run_training(tmp_path / "none", *settings)

@@ -54,6 +54,10 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
         UserError: one line for anything Hydra or OmegaConf refuses.
     """
     _check_local(overrides)
+    for typed in overrides:
+        if typed.startswith("~") and not typed.startswith("~hydra"):  # Hydra's own may be left out
+            key = typed[1:].partition("=")[0]
+            raise UserError(f"{typed} deletes {key}, and no setting can be left out; type {key}=... to choose another")
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
             return compose(command, list(overrides))
@@ -269,10 +273,10 @@ def largest(key: str, value: float) -> float:
         key: its name, typed or in the header of an adapter.
         value: a whole number, or one with a fraction.
     """
-    name = key.rpartition(".")[2]
+    name = next((part for part in reversed(key.split(".")) if not part.isdecimal()), key)  # not a place in a list
     if name.endswith("seconds"):
         return 1e6
-    if name in ("shift", "scale", "alpha", "guidance_scale"):
+    if name in ("shift", "scale", "scales", "alpha", "guidance_scale"):
         return 1e4
     if name == "num_inference_steps":
         return 1e5

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sidestep.data.sampler import reference_parts
 from sidestep.errors import UserError
 from sidestep.files import describe, write_text
 
@@ -196,7 +197,12 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
             raise UserError(f"{songs_file} line {n}: {wrong}; {AGAIN}")
         if song.num_frames > MOST_FRAMES:
             raise UserError(f"{songs_file} line {n}: num_frames {song.num_frames:.6g} is too long for a song; {AGAIN}")
-        if song.prompts != ["caption"] and not set(song.prompts) <= set(PROMPTS):
+        if song.num_references and song.num_references != (parts := len(reference_parts(song.num_frames))):
+            raise UserError(
+                f"{songs_file} line {n}: num_references is {song.num_references:.6g}, and a song of {song.num_frames} "
+                f"frames has {parts} or 0; {AGAIN}"
+            )
+        if song.prompts != ["caption"] and not all(prompt in PROMPTS for prompt in song.prompts):
             raise UserError(f"{songs_file} line {n}: prompts must be of {', '.join(PROMPTS)}; {AGAIN}")
     return info, songs
 

@@ -272,7 +272,7 @@ def is_alive(attempt: PointRecord, queued: dict[str, str] | None) -> bool | None
         return None
     try:
         began = psutil.Process(attempt.process).create_time()
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # the last two: no number of a process
         return False
     try:
         started = calendar.timegm(time.strptime(attempt.started, "%Y-%m-%dT%H:%M:%SZ"))

@@ -243,15 +243,12 @@ class Run:
         newest = newest_checkpoint(self.output_dir)
         folder, state = newest if newest is not None else (None, None)
         goes_back = False
-        if config.resume_from is not None:
-            # compared by name: rotation may have removed it since
-            own = self._own_checkpoint(config.resume_from)
-            if folder is None or (own is not None and own != self._own_checkpoint(self.record.went_back_to)):
-                folder = checkpoint_folder(Path(config.resume_from))
-                state = load_checkpoint(folder)
-                goes_back = own is not None
-            else:
-                log.info("resume_from=%s was done before; going on from the newest checkpoint", config.resume_from)
+        if folder is not None and config.resume_from is not None and self.went_back_to(config.resume_from):
+            log.info("resume_from=%s was done before; going on from the newest checkpoint", config.resume_from)
+        elif config.resume_from is not None:
+            goes_back = folder is not None
+            folder = checkpoint_folder(Path(config.resume_from))
+            state = load_checkpoint(folder)
         if folder is None or state is None:
             return None
         check_same_settings(state.settings, self.record.settings, folder)
@@ -271,22 +268,20 @@ class Run:
             )
         log.info("continuing from %s at step %d", folder, state.step)
         self.record.resumed_from = str(folder)
-        if self._own_checkpoint(str(folder)) is not None and self.process == 0:
+        if config.resume_from is not None:
+            self.record.went_back_to = str(Path(config.resume_from).resolve())
+        if self.process == 0:
             # only now that nothing can be refused any more
-            self._set_aside_after(state.step, goes_back=goes_back)
+            is_own = folder.resolve().parent == (self.output_dir / "checkpoints").resolve()
+            self._set_aside_after(state.step if is_own else 0, goes_back=goes_back)
             if goes_back:
                 self.record.run_id = _new_id()  # a service that was told of later steps takes no earlier ones
-            if config.resume_from is not None:
-                self.record.went_back_to = str(Path(config.resume_from).resolve())
                 self.record.write()
         return state
 
-    def _own_checkpoint(self, path: str) -> Path | None:
-        """The folder in this run's checkpoints/ that a path is or lies in, whether it exists or not."""
-        own, resolved = self.output_dir.resolve() / "checkpoints", Path(path).resolve()
-        if resolved == own or not resolved.is_relative_to(own):
-            return None
-        return own / resolved.relative_to(own).parts[0]
+    def went_back_to(self, path: str) -> bool:
+        """Whether a resume_from was what this run was taken to before; it may be gone since, as rotation removes it."""
+        return str(Path(path).resolve()) == self.record.went_back_to
 
     def read_initial(self) -> SavedAdapter | None:
         """Read the adapter that a new run starts from, if one is named.
@@ -477,7 +472,8 @@ class Run:
     def _set_aside_after(self, step: int, *, goes_back: bool) -> None:
         """Move checkpoints past a step, and those without a readable manifest, out of the way.
 
-        They were passed over or gone back from: the run must not end at one of them again, nor rotation count them.
+        They were passed over or gone back from: the run must not end at one of them again, nor rotation count them. All
+        are moved, as after step 0, where the run goes on from a checkpoint that is not among them.
         Going back, best/, final_ema/ and previews of later steps go with them; final/, which players point at, stays
         until the new one takes its place.
         """
@@ -645,8 +641,7 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
         return None
     if previous["smoothed_loss"] is None or (run.held_out and previous.get("validation", {}).get("best_loss") is None):
         return None
-    resume_from = run.config.resume_from
-    if resume_from is not None and str(Path(resume_from).resolve()) != previous.get("went_back_to"):
+    if run.config.resume_from is not None and not run.went_back_to(run.config.resume_from):
         return None
     check_same_settings(previous["settings"], run.record.settings, run.output_dir)
     if run.held_out and not _is_evaluated(run, previous["validation"]):

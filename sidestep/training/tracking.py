@@ -136,7 +136,7 @@ class RunRecord:
     error: str = ""
     resumed_from: str = ""
     went_back_to: str = ""
-    """The checkpoint of its own that resume_from took this run back to."""
+    """The path, resolved, of the checkpoint that resume_from took this run to, its own or of another run."""
     run_id: str = ""
     """What a tracking service knows this run by, drawn when it began."""
     final: dict[str, str] = field(default_factory=dict)
