@@ -228,6 +228,30 @@ def test_a_run_without_improvement_ends_early_and_stays_ended(tmp_path, places, 
     assert "raise validation.patience to train on" in caplog.text
 
 
+def test_a_run_that_goes_on_without_its_best_adapter_is_as_patient_as_before(tmp_path, places, monkeypatch):
+    """It is evaluated at steps 2 and 4, saved at step 3, and killed; the adapter of step 2 is nowhere then."""
+    settings = (
+        *places, *HELD_OUT, "vram_profile.batch_size=2", "validation.every_epochs=2", "save_every_epochs=3",
+        "validation.patience=1", "max_epochs=6", "validation.scales=[1]",
+    )  # fmt: skip
+    expected = run_training(tmp_path / "unbroken", *settings)
+    save = Run.save_checkpoint
+
+    def save_or_die(run, step, *arguments, **options):
+        if step == 6:
+            raise OSError("killed")
+        save(run, step, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save_checkpoint", save_or_die)
+        with pytest.raises(OSError, match="killed"):
+            run_training(tmp_path / "run", *settings)
+    assert saved_step(tmp_path / "run/best") == 4
+    assert run_training(tmp_path / "run", *settings) == expected
+    assert read_evaluations(tmp_path / "run") == read_evaluations(tmp_path / "unbroken")
+    torch.testing.assert_close(weights(tmp_path / "run/final"), weights(tmp_path / "unbroken/final"), rtol=0, atol=0)
+
+
 EVERY_EPOCH = (
     *HELD_OUT, "adapter.dropout=0.1", "validation.every_epochs=1", "save_every_epochs=1", "vram_profile.batch_size=2",
 )  # fmt: skip

@@ -111,7 +111,10 @@ class Validation:
         self.held_out = run.evaluated
         self.trained = lowest_places(run.all_songs.songs, run.trained, len(self.held_out))
         self.hash = run.validation_hash()
-        self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
+        self.best_loss, self.best_step = math.inf, 0
+        """Of the adapter in best/."""
+        self.lowest_loss, self.num_worse = math.inf, 0
+        """Of all evaluations, and how many there were after it; its adapter may be gone."""
         self.last_step = 0
         """That was evaluated."""
         self.last: Evaluation | None = None
@@ -139,17 +142,19 @@ class Validation:
                     self.best_loss = row.loss
             if by_loss and self.best_step != (gone := by_loss[0]).step:
                 log.warning("the adapter of step %d, with the lowest loss so far, %.4f, is gone", gone.step, gone.loss)
-            self.num_worse = sum(row.step > self.best_step for row in before)
+            self.lowest_loss = by_loss[0].loss if by_loss else math.inf
+            self.num_worse = sum(not by_loss or row.step > by_loss[0].step for row in before)
             if before:
                 self.last = before[-1]
                 self.last_step = self.last.step
                 self.run.record.validation = self.summary()
         if self.accelerator.num_processes > 1:
-            known = [self.best_loss, self.best_step, self.num_worse, self.last_step]
+            known = [self.best_loss, self.lowest_loss, self.best_step, self.num_worse, self.last_step]
             from accelerate.utils import broadcast
 
             told = broadcast(torch.tensor(known, dtype=torch.float64, device=self.device)).tolist()
-            self.best_loss, (self.best_step, self.num_worse, self.last_step) = told[0], map(int, told[1:])
+            self.best_loss, self.lowest_loss = told[:2]
+            self.best_step, self.num_worse, self.last_step = map(int, told[2:])
 
     def is_missing(self, step: int) -> bool:
         """Whether an evaluation of the step that the run goes on from is due and was not made."""
@@ -228,9 +233,10 @@ class Validation:
         )
         self.last_step = step
         if self.last.loss < self.best_loss:
-            self.best_loss, self.best_step, self.num_worse = self.last.loss, step, 0
-        else:
-            self.num_worse += 1
+            self.best_loss, self.best_step = self.last.loss, step
+        self.num_worse = 0 if self.last.loss < self.lowest_loss else self.num_worse + 1
+        if self.num_worse == 0:
+            self.lowest_loss = self.last.loss
         if self.accelerator.is_main_process:
             drop_later_lines(self.run.output_dir / FILE, step - 1)  # a run that is finished again looks again
             _append(self.run.output_dir / FILE, self.last)
