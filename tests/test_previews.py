@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.prompts import caption_prompt
+from sidestep.checking.doctor import examine
 from sidestep.errors import UserError
 from sidestep.inference import previews
 from sidestep.inference.generation import generate
@@ -115,6 +116,33 @@ def test_a_preview_that_fails_costs_only_the_preview(tmp_path, places, monkeypat
     assert "training goes on" in caplog.text
     assert (tmp_path / "run/final").is_dir()
     assert not list((tmp_path / "run/previews").iterdir())
+
+
+def test_music_that_was_deleted_is_made_again_and_costs_no_step(run, tmp_path, places, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    music = folder / "previews/base/prompt1-seed3-scale0.flac"
+    music.unlink()
+    typed = (*places, *PREVIEWS, "adapter.dropout=0.1", "max_epochs=3")
+    rendered = Previews(open_run(train_config(*typed), folder, choices_of(*typed)))
+    rendered._show(folder / "previews/base", None, 8)
+    assert f"{music} is not shown in TensorBoard" in caplog.text
+    rendered.render_base()
+    assert music.is_file()
+
+
+def test_memory_that_previews_of_the_base_model_need_is_not_blamed_on_a_step(run, tmp_path, places, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("sidestep.training.previews.render", fail)
+    monkeypatch.setattr("sidestep.checking.dry_run.render", fail)
+    typed = (*places, *PREVIEWS)
+    about = train_config(*typed), tmp_path / "run", choices_of(*typed)
+    with pytest.raises(UserError, match=r"use a smaller previews\.seconds than 1"):
+        Previews(open_run(*about)).render_base()
+    with pytest.raises(UserError, match=r"use a smaller previews\.seconds than 1"):
+        examine(*about)
 
 
 def test_music_that_is_not_finite_is_left_out_and_the_rest_is_kept(

@@ -60,7 +60,7 @@ def write_point(
     evaluations = [
         {
             "step": s, "loss": (best or 1) + abs(s - steps // 2) / 50, "base_loss": 1.5, "times": times,
-            "losses": [0.8, 1.2], "base_losses": [1.4, 1.6],
+            "losses": [0.8, 1.2], "base_losses": [1.4, 1.6], "hash": evaluated,
         }
         for s in range(10, steps + 1, 10)
     ]  # fmt: skip
@@ -197,9 +197,18 @@ def test_what_is_no_number_of_a_process_is_no_process(process):
     assert is_alive(PointRecord([], host=socket.gethostname(), process=process), None) is False
 
 
+def test_evaluations_with_other_settings_are_not_in_a_runs_curve(tmp_path):
+    point = write_point(tmp_path / "sweep/point", steps=20)
+    with (point / "validation.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 20, "loss": 0.1, "hash": "bbbb"}) + "\n")
+    (run,) = embedded(write_page(tmp_path / "sweep", inline_mb=0))["runs"]
+    assert run["evaluations"]["steps"] == [10, 20]
+    assert min(run["evaluations"]["losses"]) == 1
+
+
 def test_long_curves_are_thinned_and_the_lowest_evaluation_stays(tmp_path):
     folder = write_point(tmp_path / "run", steps=3000)
-    lines = [{"step": s, "loss": 1 if s == 1501 else 2, "base_loss": 3} for s in range(1, 3001)]
+    lines = [{"step": s, "loss": 1 if s == 1501 else 2, "base_loss": 3, "hash": "aaaa"} for s in range(1, 3001)]
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run,) = embedded(write_page(tmp_path, inline_mb=0))["runs"]
     assert run["steps_per_point"] == 12

@@ -212,20 +212,71 @@ def test_a_run_that_goes_on_remembers_its_best(run, tmp_path, places, caplog):
     assert run_training(tmp_path / "run", *settings, "max_epochs=3") == loss
 
 
-def test_a_run_without_improvement_ends_early_and_stays_ended(tmp_path, places, caplog):
-    settings = (
-        *places, *HELD_OUT, "optim.lr=0.5", "validation.every_epochs=1", "max_epochs=50", "save_every_epochs=null",
-    )  # fmt: skip
-    loss = run_training(tmp_path / "run", *settings, "validation.patience=1")
-    rows = read_evaluations(tmp_path / "run")
-    record = json.loads((tmp_path / "run/run.json").read_text())
+IMPATIENT = (
+    *HELD_OUT, "optim.lr=0.5", "validation.every_epochs=1", "max_epochs=50", "save_every_epochs=null",
+    "validation.patience=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ended_early(tmp_path_factory, checkpoint_dir, dataset_dir) -> Path:
+    folder = tmp_path_factory.mktemp("early") / "run"
+    run_training(folder, f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", *IMPATIENT)
+    return folder
+
+
+def test_a_run_without_improvement_ends_early_and_stays_ended(ended_early, places, caplog):
+    rows = read_evaluations(ended_early)
+    record = json.loads((ended_early / "run.json").read_text())
     assert record["status"] == "finished"
     assert record["step"] == rows[-1]["step"] == rows[-2]["step"] + 2 < 100
     assert min(rows, key=lambda row: row["loss"]) == rows[-2]
-    assert loss == rows[-2]["loss"]
-    caplog.clear()
-    assert run_training(tmp_path / "run", *settings, "validation.patience=1") == loss
+    caplog.set_level("INFO")
+    assert run_training(ended_early, *places, *IMPATIENT) == rows[-2]["loss"]
     assert "raise validation.patience to train on" in caplog.text
+
+
+def test_other_settings_of_validation_choose_among_what_is_left_of_a_run_and_train_no_step(
+    ended_early, tmp_path, places
+):
+    folder = tmp_path / "run"
+    shutil.copytree(ended_early, folder)
+    before, record = read_evaluations(folder), json.loads((folder / "run.json").read_text())
+    loss = run_training(folder, *places, *IMPATIENT, "validation.num_times=4")
+    after = json.loads((folder / "run.json").read_text())
+    rows = [row for row in read_evaluations(folder) if row["hash"] == after["validation"]["hash"]]
+    assert after["step"] == record["step"]
+    assert [row["step"] for row in rows] == [record["validation"]["best_step"], record["step"]]
+    assert loss == min(row["loss"] for row in rows) == after["validation"]["best_loss"]
+    assert saved_step(folder / "best") == after["validation"]["best_step"]
+    torch.testing.assert_close(weights(folder / "final"), weights(ended_early / "final"), rtol=0, atol=0)
+
+    assert run_training(folder, *places, *IMPATIENT) == record["validation"]["best_loss"]
+    assert [row for row in read_evaluations(folder) if row["hash"] == record["validation"]["hash"]] == before
+
+
+def test_a_run_that_goes_on_without_its_best_adapter_is_as_patient_as_before(tmp_path, places, monkeypatch):
+    """It is evaluated at steps 2 and 4, saved at step 3, and killed; the adapter of step 2 is nowhere then."""
+    settings = (
+        *places, *HELD_OUT, "vram_profile.batch_size=2", "validation.every_epochs=2", "save_every_epochs=3",
+        "validation.patience=1", "max_epochs=6", "validation.scales=[1]",
+    )  # fmt: skip
+    expected = run_training(tmp_path / "unbroken", *settings)
+    save = Run.save_checkpoint
+
+    def save_or_die(run, step, *arguments, **options):
+        if step == 6:
+            raise OSError("killed")
+        save(run, step, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save_checkpoint", save_or_die)
+        with pytest.raises(OSError, match="killed"):
+            run_training(tmp_path / "run", *settings)
+    assert saved_step(tmp_path / "run/best") == 4
+    assert run_training(tmp_path / "run", *settings) == expected
+    assert read_evaluations(tmp_path / "run") == read_evaluations(tmp_path / "unbroken")
+    torch.testing.assert_close(weights(tmp_path / "run/final"), weights(tmp_path / "unbroken/final"), rtol=0, atol=0)
 
 
 EVERY_EPOCH = (
@@ -302,8 +353,10 @@ def test_the_best_adapter_is_taken_from_its_checkpoint_where_best_is_another(run
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
     torch.testing.assert_close(weights(folder / "best"), weights(run / "checkpoints/epoch_2"), rtol=0, atol=0)
-    (aside,) = (folder / "set_aside").iterdir()
-    assert saved_step(aside / "best") == 3
+    assert saved_step(folder / "set_aside/best_step_3") == 3
+    assert again.restore_best([3, 2], 3) == 3
+    torch.testing.assert_close(weights(folder / "best"), weights(run / "best"), rtol=0, atol=0)
+    assert again.restore_best([2], 3) == 2
 
     shutil.rmtree(folder / "best")
     assert again.restore_best([9], 3) == 0
@@ -341,7 +394,8 @@ def test_a_finished_run_is_evaluated_again_when_validation_changes_but_never_on_
     run_training(folder, *settings, "validation.num_times=2")
     record = json.loads((folder / "run.json").read_text())["validation"]
     assert record["hash"] == read_evaluations(folder)[-1]["hash"] != read_evaluations(run)[-1]["hash"]
-    assert saved_step(folder / "best") == record["best_step"] == 3
+    assert saved_step(folder / "best") == record["best_step"] == 1  # among the three checkpoints, though 3 was in best/
+    assert saved_step(folder / "set_aside/best_step_3") == 3
 
     with pytest.raises(
         UserError, match=r"validation\.songs=\[song1\.wav,song2\.wav\], and \[song3\.wav\] would train on other songs"

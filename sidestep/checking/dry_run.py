@@ -28,7 +28,7 @@ from sidestep.training.forward import predict_velocity
 from sidestep.training.loop import compile_blocks, make_accelerator, update_unless_bad
 from sidestep.training.memory import plan_memory
 from sidestep.training.offload import OffloadedBlocks, first_blocks
-from sidestep.training.previews import Previews
+from sidestep.training.previews import Previews, blaming_previews
 from sidestep.training.run import Run
 from sidestep.training.tracking import used_gib
 
@@ -90,7 +90,8 @@ def measure_step(run: Run, kept: KeptWeights | None = None) -> Need:
         if run.config.previews.every_epochs is not None:
             if kept is not None:
                 kept.drop()  # rendering needs the memory
-            rendering = _time_rendering(run)
+            with blaming_previews(run.config.previews.seconds):
+                rendering = _time_rendering(run)
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         return _measure(run, kept, rendering)
@@ -155,7 +156,8 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
     with torch.no_grad(), accelerator.autocast():
         per_song = _time_evaluation(run, transformer) if run.held_out else 0.0
         if rendering is not None:
-            rendering = _with_sampling(rendering, run, transformer)
+            with blaming_previews(run.config.previews.seconds):
+                rendering = _with_sampling(rendering, run, transformer)
     longest_seconds = batch.latents.shape[1] / FRAMES_PER_SECOND
     planned = replace(memory, batch_size=len(batch.latents), max_seconds=longest_seconds)
     plan = plan_memory(run.checkpoint.config, config.adapter, config.optim, planned, run.dtype)

@@ -130,6 +130,8 @@ def _read_run(row: dict[str, Any], folder: Path | None, page_dir: Path, curve: i
         for line in _lines(folder / "validation.jsonl")
         if _finite(line.get("step")) is not None and _finite(line.get("loss")) is not None
     ]
+    evaluated = row["validation_hash"] or (evaluations[-1].get("hash") if evaluations else None)
+    evaluations = [line for line in evaluations if line.get("hash") == evaluated]  # others do not compare
     for line in _thinned(evaluations, curve):
         run.evaluations.steps.append(line["step"])
         run.evaluations.losses.append(line["loss"])

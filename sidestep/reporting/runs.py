@@ -365,8 +365,13 @@ def ranked(points: Sequence[Point]) -> list[Point]:
 
 
 def ways_of_measuring(points: Sequence[Point]) -> set[str]:
-    """What the objectives of points are losses on: hashes of what was evaluated, or "" for training losses."""
-    return {_measured_on(point) for point in points if _finite(point.objective) is not None}
+    """What the losses of points are losses on, finished or not: hashes of what was evaluated, "" for training losses."""
+    return {_measured_on(point) for point in points if _is_measured(point)}
+
+
+def _is_measured(point: Point) -> bool:
+    losses = point.objective, (point.record.get("validation") or {}).get("best_loss")
+    return any(_finite(loss) is not None for loss in losses)
 
 
 def _measured_on(point: Point) -> str:
@@ -417,7 +422,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     if len(ways) > 1:
         header.append("evaluated")
         for row, p in zip(rows, shown, strict=True):
-            row.append((_measured_on(p) or "training loss") if p.objective is not None else "")
+            row.append((_measured_on(p) or "training loss") if _is_measured(p) else "")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -427,8 +432,9 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
         lines.append(f"... and {len(points) - len(shown)} more in {sweep_dir / 'sweep.csv'}")
     if len(ways) > 1:
         lines.append(
-            f"these points were evaluated in {len(ways)} ways, on other songs, times or models, so their objectives "
-            f"cannot be compared and none is called the best; those of one value of evaluated belong together"
+            f"these points were evaluated in {len(ways)} ways, on other songs, times or models, so their losses "
+            f"cannot be compared{'' if best else ' and none is called the best'}; those of one value of evaluated "
+            f"belong together"
         )
     failed = [p for p in points if p.status == "failed"]
     lines += [f"{_called(p)} failed: {p.error}" for p in failed[:MANY]]

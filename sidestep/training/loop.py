@@ -124,6 +124,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
     validation = Validation(run, accelerator, transformer, attention) if run.held_out else None
+    if validation is not None and start is not None:
+        validation.catch_up(transformer, start.step)
     torch.manual_seed(derive_seed(config.seed, "adapter"))
     adapter = config.adapter.attach(transformer)
     if initial is not None:
@@ -178,6 +180,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
+                if step == first_step:  # then best/ may be the best as other settings evaluated it
+                    run.set_best_aside()
                 run.save_adapter("best", step, adapter)
             run.record.validation = validation.summary()
             run.record.write()
@@ -206,7 +210,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 look(first_step)
             if previews is not None and previews.are_missing(first_step):
                 listen(first_step)
-        for step in range(first_step, run.num_steps):
+        for step in range(first_step, run.last_step):
             if validation is not None and validation.gave_up:
                 break
             if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):

@@ -86,9 +86,14 @@ class Previews:
         Raises:
             UserError: if it does not.
         """
-        if 0 in self.settings.scales and _read(self.folder / "base").get("hash") != self._hash():
+        base = self.folder / "base"
+        listed = _read(base)
+        files = [base / preview["file"] for preview in listed.get("files", [])]
+        is_there = listed.get("hash") == self._hash() and all(file.is_file() for file in files)
+        if 0 in self.settings.scales and not is_there:
             log.info("rendering previews of the base model")
-            self._render("base", None, [0.0], step=0)
+            with blaming_previews(self.settings.seconds):
+                self._render("base", None, [0.0], step=0)
 
     def render(self, adapter: Adapter, step: int, steps: StepLog) -> None:
         """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview."""
@@ -111,7 +116,11 @@ class Previews:
     def _show(self, folder: Path, steps: StepLog, step: int) -> None:
         """Put the music of a folder into TensorBoard."""
         for preview in _read(folder).get("files", []):
-            samples, rate = soundfile.read(folder / preview["file"], dtype="float32", always_2d=True)
+            try:
+                samples, rate = soundfile.read(folder / preview["file"], dtype="float32", always_2d=True)
+            except soundfile.SoundFileError as error:
+                log.warning("%s is not shown in TensorBoard: %s", folder / preview["file"], error)
+                continue
             audio = torch.from_numpy(samples.T)
             tag = f"previews/{Path(preview['file']).stem}"
             steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
@@ -152,6 +161,22 @@ class Previews:
             "checkpoint": self.run.record.model["fingerprint"],
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def blaming_previews(seconds: float) -> Iterator[None]:
+    """Say of memory that runs out in the block that rendering needed it, and not a step of training.
+
+    Raises:
+        UserError: naming ``previews.seconds``.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"previews did not fit in memory; use a smaller previews.seconds than {seconds:g}, "
+            f"or leave previews.every_epochs out"
+        ) from error
 
 
 @contextmanager

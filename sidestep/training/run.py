@@ -67,6 +67,8 @@ log = logging.getLogger(__name__)
 PATHS = ("checkpoint_dir", "dataset_dir", "prior_dataset_dir", "log_dir", "init_from", "resume_from", "cluster")
 """Settings that say where things lie and run; not written into adapters."""
 
+_ASIDE = "set_aside"
+
 _PREVIEW = re.compile(r"step_(\d+)")
 
 
@@ -102,6 +104,8 @@ class Run:
     """Hash of the adapter that init_from names."""
     finished_loss: float | None = None
     """The result, if the run was finished before."""
+    finished_step: int | None = None
+    """Where it ended, if it was finished before and is only evaluated or written again."""
 
     @property
     def log_dir(self) -> Path:
@@ -121,6 +125,11 @@ class Run:
         by_epochs = math.inf if self.config.max_epochs is None else self.step_at_epoch(self.config.max_epochs)
         by_steps = math.inf if self.config.max_steps is None else self.config.max_steps
         return int(min(by_epochs, by_steps))
+
+    @property
+    def last_step(self) -> int:
+        """Where training ends at the latest; before ``num_steps`` if the run ended earlier and stays so."""
+        return self.num_steps if self.finished_step is None else self.finished_step
 
     @property
     def timesteps(self) -> TimestepConfig:
@@ -300,8 +309,8 @@ class Run:
         """Write down that training starts."""
         if self.process != 0:
             return
-        if first_step == self.num_steps:
-            log.info("all %d steps are done; writing %s again", self.num_steps, self.output_dir / "final")
+        if first_step == self.last_step:
+            log.info("all %d steps are done; writing %s again", first_step, self.output_dir / "final")
         if self.config.schedule.warmup_steps >= self.num_steps:
             log.warning(
                 "schedule.warmup_steps=%d is no shorter than the run of %d steps, so the full learning rate is never "
@@ -384,10 +393,30 @@ class Run:
             adapter.save(partial, self.metadata(step))
             write_card(partial, self.config, self.dataset, step, self.epoch_at(step))
 
-    def restore_best(self, steps: Sequence[int], first_step: int) -> int:
-        """Let best/ hold the adapter of the first of some steps that is still there, in best/ or in a checkpoint.
+    def saved_adapters(self) -> dict[int, Path]:
+        """Where the adapter of each step lies: best/, else a checkpoint, else a best/ that made way for another."""
+        folders = [*(self.output_dir / _ASIDE).glob("best_step_*"), self.output_dir / "best"]
+        steps = [saved_step(folder) for folder in folders]
+        *aside, best = [(step, folder) for step, folder in zip(steps, folders, strict=True)]
+        found = [*aside, *checkpoints_by_step(self.output_dir), best]
+        return {step: folder for step, folder in found if step is not None}
 
-        A best/ of another step is moved to set_aside/, unless the run goes on from before it and will get there again.
+    def set_best_aside(self) -> None:
+        """Move best/ out of the way of another, to where it is found again."""
+        best = self.output_dir / "best"
+        aside = self.output_dir / _ASIDE / f"best_step_{saved_step(best)}"
+        if aside.exists():
+            self._set_aside([best])
+        elif best.exists():
+            aside.parent.mkdir(exist_ok=True)
+            os.replace(best, aside)
+            log.info("moved %s to %s", best, aside)
+
+    def restore_best(self, steps: Sequence[int], first_step: int) -> int:
+        """Let best/ hold the adapter of the first of some steps that is still there; see :meth:`saved_adapters`.
+
+        A best/ of another step is moved to set_aside/best_step_N, unless the run goes on from before it and will
+        get there again.
 
         Args:
             steps: the one with the lowest held-out loss first.
@@ -398,15 +427,16 @@ class Run:
         """
         best = self.output_dir / "best"
         there = saved_step(best)
-        checkpoints = dict(checkpoints_by_step(self.output_dir))
-        chosen = next((step for step in steps if step == there or step in checkpoints), 0)
+        adapters = self.saved_adapters()
+        chosen = next((step for step in steps if step in adapters), 0)
         if chosen and chosen == there:
             return chosen
         if there is not None and there <= first_step:
-            self._set_aside([best])
+            self.set_best_aside()
         if chosen:
+            source = self.saved_adapters()[chosen]
             with replacing_folder(best) as partial:
-                for path in checkpoints[chosen].iterdir():
+                for path in source.iterdir():
                     if path.name not in (STATE, MANIFEST):
                         shutil.copy2(path, partial)
                 write_card(partial, self.config, self.dataset, chosen, self.epoch_at(chosen))
@@ -481,13 +511,14 @@ class Run:
         later = [folder for folder in checkpoint_folders(self.output_dir) if steps.get(folder, math.inf) > step]
         if goes_back:
             adapters = [self.output_dir / name for name in ("best", "final_ema")]
+            adapters += (self.output_dir / _ASIDE).glob("best_step_*")
             later += [folder for folder in adapters if (saved_step(folder) or 0) > step]
             previews = (self.output_dir / "previews").glob("step_*")
             later += [path for path in previews if (number := _PREVIEW.fullmatch(path.name)) and int(number[1]) > step]
         self._set_aside(later)
 
     def _set_aside(self, folders: Sequence[Path]) -> None:
-        aside = self.output_dir / "set_aside" / now().replace(":", "")
+        aside = self.output_dir / _ASIDE / now().replace(":", "")
         for folder in folders:
             target = aside / "previews" if folder.parent.name == "previews" else aside
             target.mkdir(parents=True, exist_ok=True)
@@ -639,11 +670,12 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     gave_up = previous.get("stopped_early") and isinstance(before, dict) and before.get("patience") == patience
     if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
         return None
-    if previous["smoothed_loss"] is None or (run.held_out and previous.get("validation", {}).get("best_loss") is None):
-        return None
     if run.config.resume_from is not None and not run.went_back_to(run.config.resume_from):
         return None
     check_same_settings(previous["settings"], run.record.settings, run.output_dir)
+    run.finished_step = int(previous["step"])
+    if previous["smoothed_loss"] is None or (run.held_out and previous.get("validation", {}).get("best_loss") is None):
+        return None
     if run.held_out and not _is_evaluated(run, previous["validation"]):
         log.info("%s was not evaluated as these settings of validation say; it is evaluated again", run.output_dir)
         return None

@@ -32,7 +32,7 @@ from sidestep.adapters.files import attach_saved, saved_step
 from sidestep.data.dataset import Example
 from sidestep.data.holdout import content_id, lowest_places
 from sidestep.errors import UserError
-from sidestep.files import sync, write_tensors
+from sidestep.files import write_tensors, write_text
 from sidestep.records import parse_json
 from sidestep.seeds import derive_seed
 from sidestep.training.flow import Noising, VelocityLoss
@@ -111,7 +111,10 @@ class Validation:
         self.held_out = run.evaluated
         self.trained = lowest_places(run.all_songs.songs, run.trained, len(self.held_out))
         self.hash = run.validation_hash()
-        self.best_loss, self.best_step, self.num_worse = math.inf, 0, 0
+        self.best_loss, self.best_step = math.inf, 0
+        """Of the adapter in best/."""
+        self.lowest_loss, self.num_worse = math.inf, 0
+        """Of all evaluations, and how many there were after it; its adapter may be gone."""
         self.last_step = 0
         """That was evaluated."""
         self.last: Evaluation | None = None
@@ -139,17 +142,48 @@ class Validation:
                     self.best_loss = row.loss
             if by_loss and self.best_step != (gone := by_loss[0]).step:
                 log.warning("the adapter of step %d, with the lowest loss so far, %.4f, is gone", gone.step, gone.loss)
-            self.num_worse = sum(row.step > self.best_step for row in before)
+            self.lowest_loss = by_loss[0].loss if by_loss else math.inf
+            self.num_worse = sum(not by_loss or row.step > by_loss[0].step for row in before)
             if before:
                 self.last = before[-1]
                 self.last_step = self.last.step
                 self.run.record.validation = self.summary()
         if self.accelerator.num_processes > 1:
-            known = [self.best_loss, self.best_step, self.num_worse, self.last_step]
+            known = [self.best_loss, self.lowest_loss, self.best_step, self.num_worse, self.last_step]
             from accelerate.utils import broadcast
 
             told = broadcast(torch.tensor(known, dtype=torch.float64, device=self.device)).tolist()
-            self.best_loss, (self.best_step, self.num_worse, self.last_step) = told[0], map(int, told[1:])
+            self.best_loss, self.lowest_loss = told[:2]
+            self.best_step, self.num_worse, self.last_step = map(int, told[2:])
+
+    def catch_up(self, transformer: nn.Module, first_step: int) -> None:
+        """Evaluate the adapters before a step that are still there and were only evaluated with other settings.
+
+        So that the best is chosen among all that is left, and not only among what is evaluated from now on.
+
+        Args:
+            transformer: the bare base model.
+            first_step: that the run goes on from.
+        """
+        rows = _read_rows(self.run.output_dir)
+        wanted = {row.step for row in rows} - {row.step for row in rows if row.hash == self.hash}
+        saved = sorted(self.run.saved_adapters().items())
+        to_do = [(step, path) for step, path in saved if step in wanted and step < first_step]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (to_do,) = broadcast_object_list([to_do])  # files change as soon as one process goes on
+        for step, path in to_do:
+            try:
+                applied = attach_saved(transformer, path, keep=False)
+            except UserError as error:
+                log.warning("%s is not evaluated: %s", path, error)
+                continue
+            log.info("evaluating %s again, as the settings of validation are others now", path)
+            evaluation = self._evaluation(transformer, step)
+            applied.detach()
+            if self.accelerator.is_main_process:
+                _write(self.run.output_dir, evaluation)
 
     def is_missing(self, step: int) -> bool:
         """Whether an evaluation of the step that the run goes on from is due and was not made."""
@@ -199,6 +233,36 @@ class Validation:
             mean: of the adapter's weights, measured too.
             between_songs: called before every song, equally often in every process; may raise to leave.
         """
+        self.last = self._evaluation(transformer, step, mean, between_songs)
+        self.last_step = step
+        if self.last.loss < self.best_loss:
+            self.best_loss, self.best_step = self.last.loss, step
+        self.num_worse = 0 if self.last.loss < self.lowest_loss else self.num_worse + 1
+        if self.num_worse == 0:
+            self.lowest_loss = self.last.loss
+        if self.accelerator.is_main_process:
+            _write(self.run.output_dir, self.last)
+        num_songs = self.last.num_songs
+        error = f" +- {self.last.difference_error:.4f} over {num_songs} songs" if num_songs > 1 else ""
+        log.info(
+            "step %d: held-out loss %.4f, base model %.4f, difference %+.4f%s; training songs %.4f%s",
+            step,
+            self.last.loss,
+            self.last.base_loss,
+            self.last.difference,
+            error,
+            self.last.train_loss,
+            "; the best so far" if self.best_step == step else "",
+        )
+        return self.last
+
+    def _evaluation(
+        self,
+        transformer: nn.Module,
+        step: int,
+        mean: WeightMean | None = None,
+        between_songs: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         ema_loss = None
         if mean is not None:
             with mean.in_place():
@@ -209,7 +273,7 @@ class Validation:
         num_songs = len(difference)
         neutral = self._neutral_output(transformer)
         change, size = (neutral - self._base_neutral).square().sum().sqrt(), self._base_neutral.square().sum().sqrt()
-        self.last = Evaluation(
+        return Evaluation(
             step=step,
             epoch=round(self.run.epoch_at(step), 4),
             hash=self.hash,
@@ -226,26 +290,6 @@ class Validation:
             drift=(change / size).item(),
             ema_loss=ema_loss,
         )
-        self.last_step = step
-        if self.last.loss < self.best_loss:
-            self.best_loss, self.best_step, self.num_worse = self.last.loss, step, 0
-        else:
-            self.num_worse += 1
-        if self.accelerator.is_main_process:
-            drop_later_lines(self.run.output_dir / FILE, step - 1)  # a run that is finished again looks again
-            _append(self.run.output_dir / FILE, self.last)
-        error = f" +- {self.last.difference_error:.4f} over {num_songs} songs" if num_songs > 1 else ""
-        log.info(
-            "step %d: held-out loss %.4f, base model %.4f, difference %+.4f%s; training songs %.4f%s",
-            step,
-            self.last.loss,
-            self.last.base_loss,
-            self.last.difference,
-            error,
-            self.last.train_loss,
-            "; the best so far" if self.best_step == step else "",
-        )
-        return self.last
 
     def conclude(self, transformer: nn.Module) -> None:
         """Say which checkpoint and which strength look best; called by every process, when the adapter was taken off.
@@ -374,14 +418,17 @@ def _read_rows(folder: Path) -> list[Evaluation]:
     return rows
 
 
-def _append(path: Path, evaluation: Evaluation) -> None:
-    finite = {
+def _write(folder: Path, evaluation: Evaluation) -> None:
+    """Add a line after those of earlier steps, in place of one about the same adapter, evaluated in the same way."""
+    line: dict[str, Any] = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in asdict(evaluation).items()
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite) + "\n")
-    sync(path)
+    about = (evaluation.step, evaluation.hash)
+    others = [row for row in read_evaluations(folder) if (row.get("step"), row.get("hash")) != about]
+    known = [row for row in others if isinstance(row.get("step"), int)]
+    lines = sorted([*known, line], key=lambda row: row["step"])
+    write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in lines))
 
 
 def _read_base(path: Path, key: str) -> dict[str, Tensor] | None:

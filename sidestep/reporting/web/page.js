@@ -18,7 +18,7 @@
   // ---- what is comparable
 
   const heldOut = (run) => run.validation_best_loss;
-  const ways = new Set(runs.filter((run) => run.objective !== null).map((run) => run.validation_hash || ""));
+  const ways = new Set(runs.filter((run) => run.objective !== null || heldOut(run) !== null).map((run) => run.validation_hash || ""));
   const validated = runs.some((run) => heldOut(run) !== null);
   const ranked = runs.filter((run) => run.rank !== null).sort((a, b) => a.rank - b.rank); // none if they do not compare
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
@@ -41,7 +41,7 @@
     at("warning").hidden = false;
     at("warning").textContent =
       `The losses of these runs were measured in ${ways.size} ways, on other songs, times or models, so they cannot be ` +
-      "compared and no rank is given. Compare within one value of the column “evaluated”.";
+      `compared${ranked.length ? "" : " and no rank is given"}. Compare within one value of the column “evaluated”.`;
   }
 
   // ---- the table
@@ -298,7 +298,7 @@
   function drawSetting() {
     const key = at("setting").value;
     const known = ranked.filter((run) => key in run.settings);
-    if (ways.size > 1) return plot("chart-setting", key, [], { empty: "The losses cannot be compared." });
+    if (ways.size > 1 && !ranked.length) return plot("chart-setting", key, [], { empty: "The losses cannot be compared." });
     const words = known.some((run) => Number.isNaN(Number(run.settings[key])) || run.settings[key] === "");
     const names = [...new Set(known.map((run) => run.settings[key]))].sort((a, b) => (words ? a.localeCompare(b) : a - b));
     const spread = !words && names.length > 1 && names[0] > 0 && names[names.length - 1] / names[0] >= 30; // learning rates: even steps
