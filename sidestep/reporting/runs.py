@@ -365,7 +365,7 @@ def ranked(points: Sequence[Point]) -> list[Point]:
 
 
 def ways_of_measuring(points: Sequence[Point]) -> set[str]:
-    """What the losses of points are losses on, finished or not: hashes of what was evaluated, "" for those of training."""
+    """What the losses of points are losses on, finished or not: hashes of what was evaluated, "" if it was training."""
     return {_measured_on(point) for point in points if _is_measured(point)}
 
 
