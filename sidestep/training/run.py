@@ -666,8 +666,8 @@ def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | No
 
 def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     """The result of a run that was finished before, if nothing about it would be different now."""
-    final = run.output_dir / "final"
-    patience = run.config.validation.patience
+    config, final = run.config, run.output_dir / "final"
+    patience = config.validation.patience
     before = previous.get("config", {}).get("validation")
     gave_up = previous.get("stopped_early") and isinstance(before, dict) and before.get("patience") == patience
     if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
@@ -694,6 +694,13 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     limit = "validation.patience" if gave_up else limit
     log.info("%s is finished at step %d; raise %s to train on", run.output_dir, previous["step"], limit)
     run.announce()
+    missing = {
+        "previews": config.previews.every_epochs
+        and not (run.output_dir / f"previews/step_{previous['step']}").exists(),
+        "final_ema/": config.ema_decay is not None and not (run.output_dir / "final_ema").exists(),
+    }
+    if names := [name for name, is_missing in missing.items() if is_missing]:
+        log.warning("%s not made for a finished run; raise %s to train on", " and ".join(names), limit)
     if run.held_out:
         return float(previous["validation"]["best_loss"])
     return float(previous["smoothed_loss"])
