@@ -53,7 +53,11 @@ def examine_sweep(overrides: Sequence[str]) -> None:
         if not sweeper.get("n_trials"):
             raise UserError("this sweep does not say how many points it has; type the settings of one without it")
         points, times = [dearest_point(sweeper.params or {}, overrides)], int(sweeper.n_trials)
-        log.info("this sweep chooses %d points as it goes; each is taken to be the dearest it may choose", times)
+        log.info(
+            "this sweep chooses %d points as it goes; each is taken to have the largest numbers and the first words it "
+            "may choose, which is not an upper bound",
+            times,
+        )
     from sidestep.checking.doctor import Examined  # imported here so that a mistyped setting is answered before torch
 
     examined, costs = Examined(), []

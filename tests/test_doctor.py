@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,12 @@ from sidestep.checking.doctor import (
     num_checkpoints,
     rendered_pieces,
     times_done,
+    what_decides_cost,
     what_would_fit,
 )
 from sidestep.checking.dry_run import longest_micro_batch, measure_step
 from sidestep.checking.songs import check_songs, family_of
+from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import SongDataset
 from sidestep.data.manifest import read_manifest, write_manifest
 from sidestep.doctor import dearest_point, examine_sweep, main
@@ -265,6 +268,16 @@ def test_a_sweep_is_summed_up_and_a_point_that_cannot_be_is_named(tmp_path, plac
     assert not list(tmp_path.iterdir())
 
 
+def test_points_that_differ_in_what_a_step_costs_are_measured_apart(tmp_path, places):
+    def key(*typed: str) -> str:
+        return what_decides_cost(open_run(train_config(*places, *typed), tmp_path, choices_of(*places, *typed)))
+
+    assert key("adapter.dropout=0.1") == key("adapter.dropout=0.2") != key("adapter.dropout=0")
+    run = open_run(train_config(*places), tmp_path, choices_of(*places))
+    flex = replace(run.config, attention_kernel=AttentionKernel.flex)
+    assert what_decides_cost(replace(run, config=flex)) != what_decides_cost(run)
+
+
 def test_a_sweep_that_chooses_its_points_is_taken_at_its_dearest():
     params = {"optim.lr": "tag(log, interval(1e-5, 3e-3))", "adapter.rank": "choice(8, 64, 16)"}
     typed = ["sweep=optuna", "adapter=lokr,lora", "seed=range(1,4)", "name=s"]
@@ -278,6 +291,7 @@ def test_a_sweep_that_chooses_its_points_is_priced_by_how_many_it_chooses(places
     typed = [*places, "device=cpu", "model_variant=base", "max_epochs=null", "max_steps=2", "max_seconds=1", "name=s"]
     examine_sweep([*typed, "sweep=optuna", "hydra.sweeper.n_trials=3"])
     assert "this sweep chooses 3 points as it goes" in caplog.text
+    assert "not an upper bound" in caplog.text
     assert "optim.lr=0.003 adapter.rank=64" in caplog.text
     assert "3 points: at most" in caplog.text
 

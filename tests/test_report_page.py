@@ -431,6 +431,19 @@ def test_runs_that_were_evaluated_differently_are_not_ranked(browser, tmp_path):
     page.close()
 
 
+def test_a_run_that_is_not_finished_is_not_compared_silently(browser, tmp_path):
+    write_point(tmp_path / "s/a", rank=1, best=1.0)
+    other = write_point(tmp_path / "s/b", rank=2, best=0.5, evaluated="cccc", status="interrupted")
+    point = json.loads((other / "point.json").read_text())
+    (other / "point.json").write_text(json.dumps(point | {"objective": None}))
+    assert "evaluated in 2 ways" in as_table(collect_points(tmp_path / "s"), tmp_path / "s")
+    page = browser.new_page()
+    page.goto(write_page(tmp_path / "s", inline_mb=0).as_uri())
+    assert "cannot be compared" in page.locator("#warning").inner_text()
+    assert "evaluated" in page.locator("#runs thead th").all_inner_texts()
+    page.close()
+
+
 def test_of_very_many_runs_the_table_shows_some_until_asked(browser, tmp_path):
     for number in range(320):
         folder = tmp_path / f"s/run{number}"

@@ -100,6 +100,9 @@ def test_a_split_that_cannot_be_is_refused(settings, message):
         (("validation.fraction=0.1", "validation.songs=[a.wav]"), "leave validation.fraction=0.1 out"),
         (("validation.patience=2",), "no effect without held-out songs"),
         (("validation.num_times=0", "validation.fraction=0.1"), "at least 1"),
+        (("validation.num_times=101", "validation.fraction=0.1"), "no more than 100"),
+        (("validation.scales=[1,1.0000001]",), "the same scale twice"),
+        (("previews.scales=[1,1]",), "the same scale twice"),
         (("validation.secnds=3",), "did you mean validation.seconds"),
     ],
 )
@@ -234,6 +237,9 @@ def test_a_run_without_improvement_ends_early_and_stays_ended(ended_early, place
     caplog.set_level("INFO")
     assert run_training(ended_early, *places, *IMPATIENT) == rows[-2]["loss"]
     assert "raise validation.patience to train on" in caplog.text
+    assert "previews" not in caplog.text
+    run_training(ended_early, *places, *IMPATIENT, "previews.every_epochs=1", "previews.prompts=[piano]")
+    assert "previews not made for a finished run" in caplog.text
 
 
 def test_other_settings_of_validation_choose_among_what_is_left_of_a_run_and_train_no_step(
@@ -344,22 +350,22 @@ def test_the_best_adapter_is_taken_from_its_checkpoint_where_best_is_another(run
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     again = opened(folder, *places, *EVERY_EPOCH, "max_epochs=4")
-    assert again.restore_best([3, 2], 3) == 3
+    assert again.restore_best([3, 2]) == 3
     assert not (folder / "set_aside").exists()
 
-    assert again.restore_best([2, 1], 3) == 2
+    assert again.restore_best([2, 1]) == 2
     assert saved_step(folder / "best") == 2
     assert sorted(path.name for path in (folder / "best").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
     torch.testing.assert_close(weights(folder / "best"), weights(run / "checkpoints/epoch_2"), rtol=0, atol=0)
     assert saved_step(folder / "set_aside/best_step_3") == 3
-    assert again.restore_best([3, 2], 3) == 3
+    assert again.restore_best([3, 2]) == 3
     torch.testing.assert_close(weights(folder / "best"), weights(run / "best"), rtol=0, atol=0)
-    assert again.restore_best([2], 3) == 2
+    assert again.restore_best([2]) == 2
 
     shutil.rmtree(folder / "best")
-    assert again.restore_best([9], 3) == 0
+    assert again.restore_best([9]) == 0
 
 
 def test_a_signal_during_an_evaluation_stops_it_and_it_is_made_when_the_run_goes_on(run, tmp_path, places, monkeypatch):
@@ -412,6 +418,7 @@ def test_the_verdict_tells_learning_by_heart_from_diverging():
     assert said[0].startswith("best/ is step 4")
     assert "by heart" in said[1]
     assert "of the scales tried on best/, 1 has" in said[2]
+    assert "of the scales tried on best/, 1 has" in verdict(last, 4, 1.0, {2.0: math.nan, 1.0: 1.0})[2]
     diverged = dataclasses.replace(last, loss=math.nan, train_loss=7.0)
     assert "training diverged; use a lower optim.lr" in verdict(diverged, 4, 1.0, {})[1]
     assert "use a lower optim.lr" in verdict(diverged, 4, 1.1, {})[0]

@@ -93,11 +93,13 @@ def examine(
 def what_decides_cost(run: Run) -> str:
     """Everything that the time of a step and its memory depend on; points that agree in it are measured once."""
     config = run.config
-    adapter = {key: value for key, value in asdict(config.adapter).items() if key not in ("alpha", "dropout")}
+    adapter = {key: value for key, value in asdict(config.adapter).items() if key != "alpha"}
+    if "dropout" in adapter:
+        adapter["dropout"] = adapter["dropout"] > 0  # what is dropped is kept for the backward pass, however little
     optim = {key: value for key, value in asdict(config.optim).items() if key == "paged"}
     about = [run.device, run.precision, run.memory, run.record.model, run.record.dataset, adapter, optim]
     about += [run.record.choices["optim"], run.num_processes, config.prior_dataset_dir, config.data]
-    about += [config.validation.seconds, config.validation.num_times, config.previews]
+    about += [config.attention_kernel, config.validation.seconds, config.validation.num_times, config.previews]
     return repr(about)
 
 

@@ -21,7 +21,7 @@ class ValidationConfig:
     seconds: float = 30.0
     """Length of the excerpt of each song, the same whatever the run trains on, so that runs can be compared."""
     num_times: int = 8
-    """Each song is evaluated at this many times, in the middle of equal parts of [0, 1]."""
+    """Each song is evaluated at this many times, in the middle of equal parts of [0, 1]; no more than 100."""
     max_songs: int | None = 50
     """Evaluate no more than this many of the held-out songs, always the same ones; null evaluates all."""
     patience: int | None = None
@@ -37,9 +37,12 @@ class ValidationConfig:
                 f"validation.songs already says what is held out; leave validation.fraction={self.fraction:g} out"
             )
         _at_least(1, "validation", every_epochs=self.every_epochs, num_times=self.num_times, patience=self.patience)
+        if self.num_times > 100:
+            raise UserError(f"validation.num_times={self.num_times} must be no more than 100")
         _at_least(1, "validation", max_songs=self.max_songs)
         if not all(map(math.isfinite, self.scales)):
             raise UserError(f"validation.scales={self.scales} must be numbers, for example validation.scales=[0.5,1]")
+        _refuse_twice("validation", self.scales)
         if not 0.08 <= self.seconds < math.inf:
             raise UserError(f"validation.seconds={self.seconds:g} must be at least 0.08 seconds")
         if self.patience is not None and not self.is_on:
@@ -90,6 +93,7 @@ class PreviewConfig:
             raise UserError(f"previews.seeds={self.seeds} must be whole numbers from 0 to 2**63 - 1, at least one")
         if not all(map(math.isfinite, self.scales)) or not any(self.scales):
             raise UserError(f"previews.scales={self.scales} must be numbers, one of them not 0: previews.scales=[0,1]")
+        _refuse_twice("previews", self.scales)
         if any(not prompt.strip() for prompt in self.prompts):
             raise UserError("previews.prompts has an empty prompt; say what the music should be")
 
@@ -103,6 +107,12 @@ class PreviewConfig:
 def _changed(settings: ValidationConfig | PreviewConfig) -> list[str]:
     default = type(settings)()
     return [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(default, field.name)]
+
+
+def _refuse_twice(group: str, scales: list[float]) -> None:
+    """Refuse scales that would be written as the same number, in names of files and of results."""
+    if len({f"{scale:g}" for scale in scales}) < len(scales):
+        raise UserError(f"{group}.scales={scales} names the same scale twice, to six digits")
 
 
 def _at_least(least: int, group: str, **values: int | None) -> None:

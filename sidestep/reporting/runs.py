@@ -365,7 +365,7 @@ def ranked(points: Sequence[Point]) -> list[Point]:
 
 
 def ways_of_measuring(points: Sequence[Point]) -> set[str]:
-    """What the losses of points are losses on, finished or not: hashes of what was evaluated, "" if it was training."""
+    """Hashes of what the losses of points, finished or not, were measured on; "" stands for training losses."""
     return {_measured_on(point) for point in points if _is_measured(point)}
 
 

@@ -412,15 +412,14 @@ class Run:
             os.replace(best, aside)
             log.info("moved %s to %s", best, aside)
 
-    def restore_best(self, steps: Sequence[int], first_step: int) -> int:
+    def restore_best(self, steps: Sequence[int]) -> int:
         """Let best/ hold the adapter of the first of some steps that is still there; see :meth:`saved_adapters`.
 
-        A best/ of another step is moved to set_aside/best_step_N, unless the run goes on from before it and will
-        get there again.
+        A best/ of another step is moved to set_aside/best_step_N, also where the run goes on from before it and will
+        get there again: it may be told to end earlier.
 
         Args:
             steps: the one with the lowest held-out loss first.
-            first_step: that the run goes on from.
 
         Returns:
             The step; 0 if the adapter of none of them is there.
@@ -431,7 +430,7 @@ class Run:
         chosen = next((step for step in steps if step in adapters), 0)
         if chosen and chosen == there:
             return chosen
-        if there is not None and there <= first_step:
+        if there is not None:
             self.set_best_aside()
         if chosen:
             source = self.saved_adapters()[chosen]
@@ -664,8 +663,8 @@ def _init_fingerprint(config: TrainConfig, previous: dict[str, Any]) -> str | No
 
 def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     """The result of a run that was finished before, if nothing about it would be different now."""
-    final = run.output_dir / "final"
-    patience = run.config.validation.patience
+    config, final = run.config, run.output_dir / "final"
+    patience = config.validation.patience
     before = previous.get("config", {}).get("validation")
     gave_up = previous.get("stopped_early") and isinstance(before, dict) and before.get("patience") == patience
     if previous.get("status") != "finished" or not (previous.get("step") == run.num_steps or gave_up):
@@ -691,6 +690,13 @@ def _finished_loss(run: Run, previous: dict[str, Any]) -> float | None:
     limit = "validation.patience" if gave_up else limit
     log.info("%s is finished at step %d; raise %s to train on", run.output_dir, previous["step"], limit)
     run.announce()
+    missing = {
+        "previews": config.previews.every_epochs
+        and not (run.output_dir / f"previews/step_{previous['step']}").exists(),
+        "final_ema/": config.ema_decay is not None and not (run.output_dir / "final_ema").exists(),
+    }
+    if names := [name for name, is_missing in missing.items() if is_missing]:
+        log.warning("%s not made for a finished run; raise %s to train on", " and ".join(names), limit)
     if run.held_out:
         return float(previous["validation"]["best_loss"])
     return float(previous["smoothed_loss"])

@@ -136,7 +136,7 @@ class Validation:
             drop_later_lines(self.run.output_dir / FILE, first_step)
             before = [row for row in _read_rows(self.run.output_dir) if row.hash == self.hash]
             by_loss = sorted((row for row in before if math.isfinite(row.loss)), key=lambda row: row.loss)
-            self.best_step = self.run.restore_best([row.step for row in by_loss], first_step)
+            self.best_step = self.run.restore_best([row.step for row in by_loss])
             for row in by_loss:
                 if row.step == self.best_step:
                     self.best_loss = row.loss
@@ -313,7 +313,9 @@ class Validation:
             assert self.last is not None
             for line in verdict(self.last, self.best_step, self.best_loss, scales):
                 log.info("%s", line)
-            self.run.record.validation = self.summary() | {"scales": {f"{s:g}": loss for s, loss in scales.items()}}
+            self.run.record.validation = self.summary() | {
+                "scales": {f"{s:g}": loss if math.isfinite(loss) else None for s, loss in scales.items()}
+            }
             self.run.record.write()
 
     @torch.no_grad()
@@ -470,8 +472,8 @@ def verdict(evaluation: Evaluation, best_step: int, best_loss: float, scales: Ma
     if not evaluation.loss <= best_loss:
         why = "the adapter is learning its songs by heart" if learns else "training diverged; use a lower optim.lr"
         lines.append(f"since then the held-out loss rose to {evaluation.loss:.4f} while {train}: {why}")
-    if scales:
-        scale, loss = min(scales.items(), key=lambda item: item[1])
+    if finite := {scale: loss for scale, loss in scales.items() if math.isfinite(loss)}:
+        scale, loss = min(finite.items(), key=lambda item: item[1])
         tried = ", ".join(f"{s:g}: {value:.4f}" for s, value in scales.items())
         lines.append(f"of the scales tried on best/, {scale:g} has the lowest held-out loss, {loss:.4f} ({tried})")
     return lines
