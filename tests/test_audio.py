@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidestep.data.audio import SILENT_PEAK, find_audio, hash_sound, peak, read_audio
+from sidestep.data.audio import SILENT_PEAK, _decode, find_audio, peak, read_audio, read_hashed
 from sidestep.errors import UserError
 from tests.audio_files import write, write_with_ffmpeg
 
@@ -163,8 +163,8 @@ def test_the_same_sound_is_known_in_wav_and_flac_under_any_name(tmp_path):
     sound = np.random.default_rng(0).integers(-9_000, 9_000, (9_000, 2), dtype=np.int16)
     wav, flac = write(tmp_path / "a.wav", sound), write(tmp_path / "b.flac", sound)
     other, slower = write(tmp_path / "c.flac", sound[::-1]), write(tmp_path / "d.wav", sound, rate=22_050)
-    assert hash_sound(wav) == hash_sound(flac)
-    assert len({hash_sound(path) for path in (wav, other, slower, write(tmp_path / "e.ogg", sound))}) == 4
+    assert read_hashed(wav)[1] == read_hashed(flac)[1]
+    assert len({read_hashed(path)[1] for path in (wav, other, slower, write(tmp_path / "e.ogg", sound))}) == 4
 
 
 def test_silence_is_told_from_quiet_music(tmp_path):
@@ -195,3 +195,16 @@ def test_a_folder_without_songs_is_refused_with_what_it_holds(tmp_path):
         find_audio(tmp_path)
     with pytest.raises(UserError, match="it does not exist"):
         find_audio(tmp_path / "nosuch")
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.ogg", tone(0.2))
+
+    def decode_and_lose(*wanted):
+        decoded = _decode(*wanted)
+        path.unlink()
+        return decoded
+
+    monkeypatch.setattr("sidestep.data.audio._decode", decode_and_lose)
+    with pytest.raises(UserError, match=r"a\.ogg cannot be read as audio"):
+        read_hashed(path)

@@ -25,7 +25,7 @@ from sidestep.acestep.conditioning import encode_condition, tokenize
 from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode, sampler
-from sidestep.data.audio import hash_sound
+from sidestep.data.audio import read_hashed
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
 from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
@@ -141,7 +141,7 @@ def test_a_folder_of_songs_becomes_a_dataset(config, songs):
         latents = load_file(folder / record.latents)["latents"]
         assert latents.shape == (record.num_frames, 64)
         assert latents.dtype is torch.float16
-        assert record.sound == hash_sound(Path(config.audio_dir) / record.audio)
+        assert record.sound == read_hashed(Path(config.audio_dir) / record.audio)[1]
     parts = {"lyrics", "instrumental", "reference", "caption", "genre"}
     assert set(load_file(folder / records["b/two.flac"].conditions)) == parts
     lines = summary.lines()
@@ -475,21 +475,21 @@ def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, l
 
 def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, songs, monkeypatch):
     path = Path(config.audio_dir) / "a/one.wav"
-    read = encode.read_audio
+    read = encode.read_hashed
 
     def change_meanwhile(song, *arguments):
         if song == path:
             os.utime(path, ns=(0, 0))
         return read(song, *arguments)
 
-    monkeypatch.setattr(encode, "read_audio", change_meanwhile)
+    monkeypatch.setattr(encode, "read_hashed", change_meanwhile)
     summary = preprocess(config)
     assert summary.failed["a/one.wav"] == f"{path} changed while it was read; type the same command again"
     assert len(read_manifest(Path(config.dataset_dir))[1]) == len(summary.changed)
 
 
 def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
-    began, read, encoded = threading.Event(), encode.read_audio, encode.encode_latents
+    began, read, encoded = threading.Event(), encode.read_hashed, encode.encode_latents
     seen = []
 
     def reading(path, *arguments):
@@ -502,7 +502,7 @@ def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
         assert began.wait(10)  # of the first song, the second one's reading
         return encoded(*arguments, **named)
 
-    monkeypatch.setattr(encode, "read_audio", reading)
+    monkeypatch.setattr(encode, "read_hashed", reading)
     monkeypatch.setattr(encode, "encode_latents", encoding)
     assert len(preprocess(config).changed) == len(seen) >= 2
 
@@ -514,7 +514,7 @@ def test_a_song_that_cannot_be_encoded_fails_with_its_copies(config, songs, monk
     def fail(song, *arguments):
         raise UserError(f"{song} cannot be read")
 
-    monkeypatch.setattr(encode, "read_audio", fail)
+    monkeypatch.setattr(encode, "read_hashed", fail)
     monkeypatch.setattr(encode, "_refuse_at_once", lambda *arguments: [])
     with pytest.raises(UserError, match="cannot be read"):
         preprocess(config)

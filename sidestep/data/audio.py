@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -78,25 +79,21 @@ def read_audio(path: Path, max_seconds: float | None = None) -> Tensor:
         UserError: if the file cannot be decoded, ends early, holds a value that is no number, or is shorter than
             two latent frames.
     """
-    try:
-        if not path.stat().st_size:
-            raise UserError(f"{path} is empty")
-        samples, rate = _decode(path, max_seconds)
-    except MemoryError as error:
-        raise UserError(f"{path} does not fit in memory; set max_song_seconds=... or split it") from error
-    except (OSError, ValueError, soundfile.LibsndfileError, av.FFmpegError) as error:  # ValueError: it changes form
-        raise UserError(f"{path} cannot be read as audio: {error}") from error
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds samples that are not finite numbers; export it again")
-    samples = samples[:, :2] if samples.shape[1] > 1 else samples.repeat(2, axis=1)
-    num_samples = round(len(samples) * SAMPLE_RATE / rate)
-    if num_samples < MIN_SAMPLES:
-        raise UserError(f"{path} is {len(samples) / rate:.3f} s long; a song needs at least 0.08 s")
-    if rate != SAMPLE_RATE:
-        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
-        # the resampler may give one sample more or less, and the number of latent frames must not depend on that
-        samples = np.pad(samples, ((0, max(0, num_samples - len(samples))), (0, 0)))[:num_samples]
-    return torch.from_numpy(np.ascontiguousarray(samples.T))
+    return _as_stereo(path, *_read(path, max_seconds)[:2])
+
+
+def read_hashed(path: Path, max_seconds: float | None = None) -> tuple[Tensor, str]:
+    """Decode a song once, for :func:`read_audio`'s samples and a hash of what it sounds like.
+
+    The hash is that of the samples of wav and flac, and of the bytes of all others; 64 hex digits. So the same recording
+    is found in both, under any name and with any tags. Decoders of the others may differ in the last bits from one
+    machine to the next.
+
+    Raises:
+        UserError: as :func:`read_audio` does.
+    """
+    samples, rate, sound = _read(path, max_seconds, _hash_sound)
+    return _as_stereo(path, samples, rate), sound
 
 
 def probe_audio(path: Path, max_seconds: float | None = None) -> None:
@@ -117,25 +114,48 @@ def probe_audio(path: Path, max_seconds: float | None = None) -> None:
         return  # it is for PyAV, which just read it
 
 
-def hash_sound(path: Path, max_seconds: float | None = None) -> str:
-    """Hash what a file sounds like: the samples of wav and flac, the bytes of all others; 64 hex digits.
-
-    So the same recording is found in both, under any name and with any tags. Decoders of the others may differ in the
-    last bits from one machine to the next.
-
-    Args:
-        path: a file that :func:`read_audio` reads.
-        max_seconds: hash no more than this of the samples.
-    """
-    if path.suffix.lower() not in LOSSLESS:
-        return sha256_of(path)
-    samples, rate = _decode(path, max_seconds)
-    return hashlib.sha256(f"{rate} {samples.shape} ".encode() + samples.tobytes()).hexdigest()
-
-
 def peak(audio: Tensor) -> float:
     """Give the largest magnitude of a song; below :data:`SILENT_PEAK` it is silent."""
     return audio.abs().max().item()
+
+
+def _read(
+    path: Path, max_seconds: float | None, name: Callable[[Path, _Samples, int], str] = lambda *_: ""
+) -> tuple[_Samples, int, str]:
+    """Decode to finite samples (S, channels), the file's own rate, and what ``name`` makes of them."""
+    try:
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty")
+        samples, rate = _decode(path, max_seconds)
+        named = name(path, samples, rate)
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit in memory; set max_song_seconds=... or split it") from error
+    except (OSError, ValueError, soundfile.LibsndfileError, av.FFmpegError) as error:  # ValueError: it changes form
+        raise UserError(f"{path} cannot be read as audio: {error}") from error
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds samples that are not finite numbers; export it again")
+    return samples, rate, named
+
+
+def _hash_sound(path: Path, samples: _Samples, rate: int) -> str:
+    if path.suffix.lower() not in LOSSLESS:
+        return sha256_of(path)
+    digest = hashlib.sha256(f"{rate} {samples.shape} ".encode())
+    digest.update(np.ascontiguousarray(samples))
+    return digest.hexdigest()
+
+
+def _as_stereo(path: Path, samples: _Samples, rate: int) -> Tensor:
+    """Bring samples (S, channels) to (2, S) at 48 kHz."""
+    samples = samples[:, :2] if samples.shape[1] > 1 else samples.repeat(2, axis=1)
+    num_samples = round(len(samples) * SAMPLE_RATE / rate)
+    if num_samples < MIN_SAMPLES:
+        raise UserError(f"{path} is {len(samples) / rate:.3f} s long; a song needs at least 0.08 s")
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE, quality="VHQ")
+        # the resampler may give one sample more or less, and the number of latent frames must not depend on that
+        samples = np.pad(samples, ((0, max(0, num_samples - len(samples))), (0, 0)))[:num_samples]
+    return torch.from_numpy(np.ascontiguousarray(samples.T))
 
 
 def _decode(path: Path, max_seconds: float | None) -> tuple[_Samples, int]:

@@ -36,7 +36,7 @@ from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
 from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, encode_reference, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.config.typed import as_typed
-from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, hash_sound, peak, probe_audio, read_audio
+from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_hashed
 from sidestep.data.lyrics import sung_between
 from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
@@ -418,13 +418,10 @@ def _read_ahead(paths: list[Path], max_seconds: float | None) -> Generator[Futur
         The samples (2, S) and the hash of the sound.
     """
 
-    def read(path: Path) -> tuple[Tensor, str]:
-        return read_audio(path, max_seconds), hash_sound(path, max_seconds)
-
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-audio") as reader:
         following: Future[tuple[Tensor, str]] | None = None
         for path in paths:
-            current, following = following, reader.submit(read, path)
+            current, following = following, reader.submit(read_hashed, path, max_seconds)
             if current is not None:
                 yield current
         if following is not None:
