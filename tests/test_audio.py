@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidestep.data.audio import SILENT_PEAK, _decode, find_audio, peak, read_audio, read_hashed
+from sidestep.data.audio import SILENT_PEAK, _decode, find_audio, peak, probe_audio, read_audio, read_hashed
 from sidestep.errors import UserError
 from tests.audio_files import write, write_with_ffmpeg
 
@@ -110,6 +110,20 @@ def test_an_mp3_has_the_samples_it_was_made_of_and_a_damaged_frame_does_not_end_
     assert damaged.shape[1] == pytest.approx(144_000 - 3 * 1_152, abs=100)  # a frame needs bits of those before it
     assert torch.equal(damaged[:, 60_000:80_000], audio[:, 63_456:83_456])
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rate", [48_000, 22_050])
+@pytest.mark.parametrize("tag", [b"", b"ID3\3\0\0\0\0\2\0" + bytes(256)])
+def test_what_follows_an_mp3_does_not_make_it_one_that_ends_early(tmp_path, capfd, rate, tag):
+    path = write(tmp_path / "a.mp3", noisy_tone(rate), rate)
+    music = path.read_bytes()
+    path.write_bytes(tag + music + bytes(len(music)))  # such as a picture in an APEv2 tag
+    probe_audio(path)
+    assert read_audio(path).shape[1] == pytest.approx(144_000, abs=2_400)
+    assert capfd.readouterr() == ("", "")
+    path.write_bytes(tag + music[: len(music) // 2])
+    with pytest.raises(UserError, match="ends early"):
+        read_audio(path)
 
 
 def test_an_mp3_of_changing_bit_rate_without_a_length_is_read_whole(tmp_path):

@@ -550,10 +550,10 @@ def test_audio_that_cannot_be_decoded_is_named_before_any_model_is_loaded(config
     words(songs / "noise.mp3", "not sound")
     (songs / "empty.flac").touch()
     write(songs / "short.wav", noise(0.05), 48_000)
-    for name in ("cut.wav", "cut.ogg"):
+    for name in ("cut.wav", "cut.ogg", "cut.flac"):
         whole = write(songs / name, noise(2), 48_000).read_bytes()
         (songs / name).write_bytes(whole[: len(whole) // 2])
-    bad = {"noise.wav", "noise.mp3", "empty.flac", "short.wav", "cut.wav", "cut.ogg"}
+    bad = {"noise.wav", "noise.mp3", "empty.flac", "short.wav", "cut.wav", "cut.ogg", "cut.flac"}
     named = []
     load = Checkpoint.load_vae
     monkeypatch.setattr(Checkpoint, "load_vae", lambda *args, **kw: named.append(caplog.text) or load(*args, **kw))

@@ -85,9 +85,9 @@ def read_audio(path: Path, max_seconds: float | None = None) -> Tensor:
 def read_hashed(path: Path, max_seconds: float | None = None) -> tuple[Tensor, str]:
     """Decode a song once, for :func:`read_audio`'s samples and a hash of what it sounds like.
 
-    The hash is that of the samples of wav and flac, and of the bytes of all others; 64 hex digits. So the same recording
-    is found in both, under any name and with any tags. Decoders of the others may differ in the last bits from one
-    machine to the next.
+    The hash is that of the samples of wav and flac, and of the bytes of all others; 64 hex digits. So the same
+    recording is found in both, under any name and with any tags. Decoders of the others may differ in the last bits
+    from one machine to the next.
 
     Raises:
         UserError: as :func:`read_audio` does.
@@ -97,12 +97,14 @@ def read_hashed(path: Path, max_seconds: float | None = None) -> tuple[Tensor, s
 
 
 def probe_audio(path: Path, max_seconds: float | None = None) -> None:
-    """Look at the header of a song and decode its beginning, which finds most files that cannot be decoded.
+    """Look at the header of a song and decode a little, which finds most files that are damaged or end early.
 
     Raises:
         UserError: as :func:`read_audio` does.
     """
     read_audio(path, min(0.5, max_seconds or 0.5))
+    if path.suffix.lower() == ".mp3":
+        return  # as in _decode
     try:
         with soundfile.SoundFile(path) as file:
             promised = _promised_frames(file)
@@ -110,6 +112,8 @@ def probe_audio(path: Path, max_seconds: float | None = None) -> None:
             _refuse_if_short(path, file.frames, wanted, file.samplerate)
             if file.format == "OGG" and wanted == promised:
                 _refuse_without_last_page(path, file.frames / file.samplerate)
+            if file.format == "FLAC":  # its length stands in front, whatever follows
+                _refuse_without_end(path, file, wanted)
     except (OSError, soundfile.LibsndfileError):
         return  # it is for PyAV, which just read it
 
@@ -192,6 +196,17 @@ def _promised_frames(file: soundfile.SoundFile) -> int:
     return max(frames, round(frames * int(sizes[1]) / max(1, int(sizes[2]))))
 
 
+def _refuse_without_end(path: Path, file: soundfile.SoundFile, wanted: int) -> None:
+    """Refuse a file of which the last wanted sample cannot be decoded; reading it takes a few milliseconds."""
+    try:
+        file.seek(max(0, wanted - 1))
+        is_there = len(file.read(1)) == 1
+    except soundfile.LibsndfileError:
+        is_there = False
+    if not is_there:
+        raise UserError(f"{path} ends early: it has no sound at {wanted / file.samplerate:.1f} s; copy it again")
+
+
 def _refuse_without_last_page(path: Path, seconds: float) -> None:
     """Refuse an Ogg file that does not end in a whole page that is marked as the last (RFC 3533, section 6)."""
     with path.open("rb") as file:
@@ -225,8 +240,31 @@ def _decode_with_ffmpeg(path: Path, max_seconds: float | None) -> tuple[_Samples
                 break
         if not parts:
             raise UserError(f"{path} cannot be read as audio: it holds no samples")
-        # other lengths are guessed from the bit rate: only a LAME header, which also counts priming, has one
-        if stream.duration is not None and (stream.start_time or "mp4" in container.format.name):
+        if container.format.name == "mp3":
+            promised = _promised_by_xing(path)
+        elif "mp4" in container.format.name and stream.duration is not None:
             promised = round(stream.duration * stream.time_base * rate)
-            _refuse_if_short(path, num_samples, promised if wanted is None else min(wanted, promised), rate)
+        else:
+            promised = 0  # other lengths are guessed from the bit rate
+        _refuse_if_short(path, num_samples, promised if wanted is None else min(wanted, promised), rate)
         return np.concatenate(parts, axis=1).T[:wanted], rate
+
+
+def _promised_by_xing(path: Path) -> int:
+    """Give the samples per channel, priming included, that the Xing or LAME header of an mp3 counts; 0 without one.
+
+    FFmpeg does not believe it where more than music follows, such as a picture at the end, and guesses instead.
+    """
+    with path.open("rb") as file:
+        tag = file.read(10)
+        if tag[:3] == b"ID3":  # its size has seven bits in a byte (ID3v2.3, section 3.1)
+            file.seek(10 + sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=False)))
+        else:
+            file.seek(0)
+        head = file.read(4_096)
+    # a frame of layer III, its side information of 9 to 32 bytes, and what the header says it holds
+    found = re.search(rb"\xff([\xe2\xe3\xf2\xf3\xfa\xfb])..(?:..)?.{9,32}?(?:Xing|Info)...(.)(.{4})", head, re.DOTALL)
+    if found is None or not found[2][0] & 1:
+        return 0
+    samples_per_frame = 1_152 if found[1][0] & 0x18 == 0x18 else 576  # MPEG 1, or 2 and 2.5
+    return samples_per_frame * int.from_bytes(found[3], "big")

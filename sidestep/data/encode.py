@@ -417,7 +417,6 @@ def _read_ahead(paths: list[Path], max_seconds: float | None) -> Generator[Futur
     Yields:
         The samples (2, S) and the hash of the sound.
     """
-
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-audio") as reader:
         following: Future[tuple[Tensor, str]] | None = None
         for path in paths:
