@@ -627,7 +627,7 @@ def test_a_folder_of_bad_songs_only_is_refused(config, tmp_path):
         preprocess(config)
 
 
-def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(config, tmp_path):
+def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(config, tmp_path, caplog):
     root = tmp_path / "songs"
     root.mkdir()
     soundfile.write(root / "quiet.wav", np.zeros((9_600, 2)), 48_000)
@@ -637,7 +637,10 @@ def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(con
     for summary in (first, second):
         assert summary.silent == ["quiet.wav"]
         assert summary.truncated["quiet.wav"]["caption"] > 200
-        assert "no audio file for the entry gone.wav" in summary.lines()
+        assert f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav" in summary.lines()
+    said = [record.getMessage() for record in caplog.records]
+    at = said.index(f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav")
+    assert at < next(number for number, line in enumerate(said) if line.startswith("encoding audio"))
 
 
 def test_no_more_of_a_song_is_read_than_asked_for(config, songs):

@@ -131,7 +131,7 @@ def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
     )
     listing = read_songs(root)
     assert not listing.songs
-    assert listing.missing == ["gone.wav"]
+    assert listing.missing == {f"{root / 'metadata.csv'} line 4": "gone.wav"}
     csv, jsonl = root / "metadata.csv", root / "live/metadata.jsonl"
     for key, reason in {
         "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute above 0, it is 'fast'",

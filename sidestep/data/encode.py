@@ -86,8 +86,8 @@ class PreprocessSummary:
     truncated: dict[str, dict[str, int]] = field(default_factory=dict)
     """Songs with a text longer than ACE-Step reads: tokens cut from each text."""
     silent: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    """Entries of dataset.json without an audio file."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Entries of tables without an audio file, by file and line."""
     notes: list[str] = field(default_factory=list)
     num_unused_files: int = 0
     """Encoded files that no song of this dataset uses any more."""
@@ -108,7 +108,7 @@ class PreprocessSummary:
             cut = " and ".join(f"{tokens} tokens of the {text}" for text, tokens in cuts.items())
             lines.append(f"cut {name}: {cut} are past what ACE-Step reads")
         lines += [f"silent {name}: no sample is louder than -80 dBFS" for name in self.silent]
-        lines += [f"no audio file for the entry {name}" for name in self.missing]
+        lines += [printable(f"{where}: there is no audio file {name}") for where, name in self.missing.items()]
         lines += map(printable, self.notes)
         if self.num_unused_files:
             lines.append(f"{self.num_unused_files} encoded files are of no song any more and were left in place")
@@ -235,6 +235,8 @@ def _update(
     )
     for name, reason in listing.failed.items():  # at once, because encoding may take hours
         log.warning("%s is left out: %s", printable(name), printable(reason))
+    for where, name in listing.missing.items():
+        log.warning("%s: there is no audio file %s", printable(where), printable(name))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
     to_encode = listing.songs + _reference_song(config.reference)

@@ -138,8 +138,8 @@ def _print_song(song: Song, before: Song) -> None:
 def _print_faults(listing: SongList) -> None:
     for name, reason in listing.failed.items():
         print(printable(f"cannot be used: {name}: {reason}"))
-    for name in listing.missing:
-        print(printable(f"no audio file for the entry {name}"))
+    for where, name in listing.missing.items():
+        print(printable(f"{where}: there is no audio file {name}"))
     for note in listing.notes:
         print(printable(note))
     guessed = sum(song.source == "file name" for song in listing.songs)

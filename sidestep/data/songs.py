@@ -56,8 +56,8 @@ class SongList:
     genre_ratio: int
     failed: dict[str, str] = field(default_factory=dict)
     """Songs and entries of tables that cannot be used, and why."""
-    missing: list[str] = field(default_factory=list)
-    """Entries of tables whose audio file is not there."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Entries of tables whose audio file is not there, by file and line."""
     lost: dict[str, str] = field(default_factory=dict)
     """Those of ``failed`` that are lines of songs.jsonl: some song would be told old words in their place."""
     notes: list[str] = field(default_factory=list)
@@ -233,7 +233,7 @@ def _match_entries(table: Table, listing: SongList, audio_dir: Path) -> dict[str
                 raise ValueError(f"{song.name} is named twice; the first entry is used")
             matched[song.name] = entry
         except LookupError as error:
-            listing.missing.append(str(error.args[0]))
+            listing.missing[entry.where] = str(error.args[0])
         except ValueError as error:
             listing.failed[entry.where] = str(error)
     return matched
