@@ -578,6 +578,15 @@ def test_nothing_is_encoded_while_lines_of_songs_jsonl_cannot_be_read(config, so
     assert not loads
 
 
+def test_nothing_is_encoded_while_a_name_in_songs_jsonl_is_mistyped(config, songs, loads):
+    words(songs / "songs.jsonl", '{"audio": "a/one.wav", "captoin": "new"}\n{"audio": "tree.wav", "caption": "x"}\n')
+    with pytest.raises(UserError) as error:
+        preprocess(config)
+    assert "songs.jsonl line 1: captoin: there is no such key; there are caption, genre" in str(error.value)
+    assert "songs.jsonl line 2: there is no audio file tree.wav" in str(error.value)
+    assert not loads
+
+
 def test_a_song_whose_condition_is_not_finite_is_named_and_the_rest_go_on(config, songs, monkeypatch):
     conditions = iter([torch.full((3, 64), torch.nan)])
     monkeypatch.setattr(encode, "encode_condition", lambda *args, **kw: next(conditions, torch.ones(3, 64)))
@@ -633,6 +642,7 @@ def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(con
     soundfile.write(root / "quiet.wav", np.zeros((9_600, 2)), 48_000)
     words(root / "quiet.caption.txt", "word " * 500)
     words(root / "dataset.json", json.dumps([{"audio_path": "gone.wav", "caption": "x"}]))
+    caplog.set_level("INFO")
     first, second = preprocess(config), preprocess(config)
     for summary in (first, second):
         assert summary.silent == ["quiet.wav"]

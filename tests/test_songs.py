@@ -89,6 +89,17 @@ def test_a_key_that_is_not_a_songs_is_noted_wherever_it_stands(folder):
     assert listing.notes == [f"not used from {root / 'x.txt'}: title: Foo, album: Bar"]
 
 
+def test_keys_of_json_that_are_not_used_are_named_once(folder):
+    words = {"file_name": "x.wav", "captoin": "x", "duration": 3}
+    root = folder({"x.wav": "", "y.wav": "", "x.json": words, "y.json": words, "metadata.jsonl": words})
+    root = folder({"dataset.json": [{"filename": "x.wav", "tempa": 90}, {"filename": "y.wav", "tempa": 90}]})
+    assert read_songs(root).notes == [
+        f"not used from {root / 'dataset.json'}: tempa",
+        f"not used from {root / 'metadata.jsonl'}: captoin, duration",
+        "keys of JSON files beside songs that are not used: captoin",
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -101,7 +101,7 @@ def test_tables_that_a_named_one_replaces_are_noted(folder, tmp_path):
 def test_columns_that_say_nothing_about_a_song_are_noted(folder, tmp_path):
     (tmp_path / "mik.csv").write_text(DIALECTS["mixed_in_key.csv"])
     assert read_songs(folder(), metadata_file=tmp_path / "mik.csv").notes == [
-        f"columns of {tmp_path / 'mik.csv'} that are not used: energy"
+        f"not used from {tmp_path / 'mik.csv'}: energy"
     ]
 
 

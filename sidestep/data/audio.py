@@ -145,7 +145,7 @@ def _hash_sound(path: Path, samples: _Samples, rate: int) -> str:
     if path.suffix.lower() not in LOSSLESS:
         return sha256_of(path)
     digest = hashlib.sha256(f"{rate} {samples.shape} ".encode())
-    digest.update(np.ascontiguousarray(samples))
+    digest.update(np.ascontiguousarray(samples).data)
     return digest.hexdigest()
 
 

@@ -161,7 +161,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     )
     if listing.lost:
         told = "; ".join(f"{printable(where)}: {printable(reason)}" for where, reason in listing.lost.items())
-        raise UserError(f"{told}; mend it first, since some songs would be told old words in the place of these")
+        raise UserError(f"{told}; mend it first, since some songs would be told other words in the place of these")
     folder = Path(config.dataset_dir)
     _make_folders(folder)
     if config.shard is not None and config.num_shards is not None:
@@ -185,7 +185,12 @@ def _preprocess_shard(
     songs, all_songs = songs_of(listing.songs, shard, num_shards), listing.songs
     listing_hash = hash_listing(all_songs)
     # an entry of dataset.json that cannot be used belongs to no part; one of them speaks of it
-    own = dataclasses.replace(listing, songs=songs, failed=listing.failed if shard == 0 else {})
+    own = dataclasses.replace(
+        listing,
+        songs=songs,
+        failed=listing.failed if shard == 0 else {},
+        missing=listing.missing if shard == 0 else {},
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
         (folder / "shard.json").unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from typing import Any
 
 from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
 from sidestep.data.audio import find_audio
-from sidestep.data.tables import FOUND, Entry, Table, parse_json, read_table
+from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
 from sidestep.errors import UserError
@@ -44,6 +44,8 @@ _FORMS = {
     "language": re.compile(r"[a-z]{2,3}([-_][a-z]{2,4})?|unknown"),
 }
 """What the values of keys look like that otherwise take any text; in lower case."""
+_OF_FILES = {*COLUMNS["file"], *COLUMNS["title"], *COLUMNS["artist"], "duration"}
+"""Keys of an entry that may stand beside a song, where they are not needed."""
 _TRACK_NUMBER = re.compile(r"^(\d{2,3}\s*[-._]\s*|0\d\s+)")
 
 
@@ -59,7 +61,7 @@ class SongList:
     missing: dict[str, str] = field(default_factory=dict)
     """Entries of tables whose audio file is not there, by file and line."""
     lost: dict[str, str] = field(default_factory=dict)
-    """Those of ``failed`` that are lines of songs.jsonl: some song would be told old words in their place."""
+    """Those of ``failed`` that are lines of songs.jsonl: some song would be told other words in their place."""
     notes: list[str] = field(default_factory=list)
     """Words and settings that were found and have no effect."""
 
@@ -103,7 +105,7 @@ def read_songs(
     for table in tables:
         listing.failed |= table.failed
         if table.unused:
-            listing.notes.append(f"columns of {table.path} that are not used: {_names(table.unused)}")
+            listing.notes.append(f"not used from {table.path}: {_names(table.unused)}")
     matched = [_match_entries(table, listing, audio_dir) for table in tables]
     if others := [str(path) for path in passed_over if path.resolve() not in {path.resolve() for path in paths}]:
         listing.notes.append(f"metadata_file={metadata_file} is read in the place of {_names(others)}")
@@ -114,6 +116,7 @@ def read_songs(
         listing.notes.append("tags inside the files are not read; that takes pip install 'sidestep[tags]'")
     replaced: list[str] = []
     in_tags: list[str] = []
+    unused: set[str] = set()
     for song in songs:
         problems: dict[str, list[str]] = {}
         entries = [
@@ -129,7 +132,7 @@ def read_songs(
         for table, entry in final or entries:
             replaced += merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
         if not final:
-            for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, problems):
+            for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, unused, problems):
                 replaced += merge(song, words, "sidecar", str(sidecar), problems, lines)
         _complete(song, custom_tag, language, problems)
         if problems:
@@ -137,6 +140,7 @@ def read_songs(
     for note, messages in (
         ("tags inside the files that cannot be used, and are not", in_tags),
         ("cannot be used, but something nearer to the song says it right", replaced),
+        ("keys of JSON files beside songs that are not used", sorted(unused)),
     ):
         if messages:
             listing.notes.append(f"{note}: {_names(messages, 5)}")
@@ -232,8 +236,13 @@ def _match_entries(table: Table, listing: SongList, audio_dir: Path) -> dict[str
             if song.name in matched:
                 raise ValueError(f"{song.name} is named twice; the first entry is used")
             matched[song.name] = entry
+            if table.is_final and entry.unused:
+                raise ValueError(f"{_names(entry.unused)}: there is no such key; there are {', '.join(SONG_KEYS)}")
         except LookupError as error:
-            listing.missing[entry.where] = str(error.args[0])
+            if table.is_final:
+                listing.failed[entry.where] = f"there is no audio file {error.args[0]}"
+            else:
+                listing.missing[entry.where] = str(error.args[0])
         except ValueError as error:
             listing.failed[entry.where] = str(error)
     return matched
@@ -299,9 +308,17 @@ def _as_path(text: str) -> str:
 
 
 def _read_sidecars(
-    song: Song, tables: Sequence[Path], notes: list[str], problems: dict[str, list[str]]
+    song: Song, tables: Sequence[Path], notes: list[str], unused: set[str], problems: dict[str, list[str]]
 ) -> list[tuple[dict[str, Any], Path, dict[str, int]]]:
-    """Read the files beside a song, the one that wins last: values, the file, and lines of the values if known."""
+    """Read the files beside a song, the one that wins last: values, the file, and lines of the values if known.
+
+    Args:
+        song: whose files are read.
+        tables: files that are not of one song.
+        notes: gets what of a text file is not used.
+        unused: gets the keys of a JSON file that are not used.
+        problems: gets what cannot be read.
+    """
     found: list[tuple[dict[str, Any], Path, dict[str, int]]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
@@ -315,13 +332,19 @@ def _read_sidecars(
     lines: dict[str, int] = {}
 
     def parse_txt(path: Path) -> dict[str, Any]:
-        values, unused = _parse_txt(_read_text(path), lines)
-        if unused:
-            notes.append(f"not used from {path}: {_names(unused)}")
+        values, other = _parse_txt(_read_text(path), lines)
+        if other:
+            notes.append(f"not used from {path}: {_names(other)}")
         return values
 
     read(".txt", parse_txt)
-    read(".json", _read_object)
+
+    def parse_json_file(path: Path) -> dict[str, Any]:
+        values = _read_object(path)
+        unused.update(key for key in values if ALIASES.get(key, key) not in SONG_KEYS and key not in _OF_FILES)
+        return values
+
+    read(".json", parse_json_file)
     read(".lrc", lambda path: {"lyrics": _read_text(path)})
     read(".caption.txt", lambda path: {"caption": _read_text(path)})
     read(".lyrics.txt", lambda path: {"lyrics": _read_text(path)})

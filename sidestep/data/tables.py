@@ -59,6 +59,8 @@ class Entry:
     """By key; of JSON, anything."""
     where: str
     """File and line."""
+    unused: list[str] = field(default_factory=list)
+    """What of it says nothing about a song."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Table:
     failed: dict[str, str] = field(default_factory=dict)
     """Lines that cannot be read, and why."""
     unused: list[str] = field(default_factory=list)
-    """Columns that say nothing about a song."""
+    """Columns and keys that say nothing about a song."""
 
     @property
     def is_about_songs(self) -> bool:
@@ -142,7 +144,8 @@ def _read_json(path: Path, text: str) -> Table:
             convert(key, metadata[key], conversion, defaults, f"{path} metadata", problems)
     if problems:
         raise UserError("; ".join(problems))
-    return Table(path, [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples)], defaults)
+    entries = [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples)]
+    return Table(path, entries, defaults, unused=_unused(entries))
 
 
 def _read_jsonl(path: Path, text: str) -> Table:
@@ -154,6 +157,7 @@ def _read_jsonl(path: Path, text: str) -> Table:
                 table.entries.append(_entry(parse_json(line, where), where))
             except UserError as error:
                 table.failed[where] = str(error).removeprefix(f"{where} ")
+    table.unused = [] if table.is_final else _unused(table.entries)
     return table
 
 
@@ -195,6 +199,11 @@ def _read_csv(path: Path, text: str) -> Table:
     return table
 
 
+def _unused(entries: list[Entry]) -> list[str]:
+    """Name each key once that says nothing about a song."""
+    return list(dict.fromkeys(name for entry in entries for name in entry.unused))
+
+
 def _entry(values: Any, where: str) -> Entry:
     """Give the values of an entry sidestep's own names."""
     if not isinstance(values, dict):
@@ -205,4 +214,4 @@ def _entry(values: Any, where: str) -> Entry:
         given = [lower[name] for name in names if lower.get(name) not in (None, "")]
         if given:
             named[key] = given if key == "file" else given[0]
-    return Entry(named, where)
+    return Entry(named, where, [name for name in lower if name not in _BY_NAME and name != "latents"])
