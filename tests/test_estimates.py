@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import soundfile
+from mutagen.flac import FLAC
 
 from sidestep import captioner
 from sidestep.data import analysis
@@ -219,7 +220,7 @@ def test_the_song_is_sent_as_a_short_mono_wav(asking, server):
 
 def test_nothing_is_asked_twice_and_nothing_written_until_typed(songs, asking, server, capsys):
     list_songs(songs_config(*asking))
-    assert '  caption: "plain" -> "a slow waltz"' in capsys.readouterr().out
+    assert '  caption: null -> "a slow waltz"' in capsys.readouterr().out
     assert not (songs / "songs.jsonl").exists()
     list_songs(songs_config(*asking, "write=true"))
     list_songs(songs_config(*asking, "write=true"))
@@ -227,6 +228,20 @@ def test_nothing_is_asked_twice_and_nothing_written_until_typed(songs, asking, s
     (songs / "songs.jsonl").unlink()
     list_songs(songs_config(*asking, "captioner.model=another"))
     assert len(server.asked) == 4
+
+
+def test_a_title_written_to_songs_jsonl_is_no_caption(songs, asking, typed, server):
+    for name in ("mine", "plain"):
+        write(songs / f"{name}.flac", soundfile.read(songs / f"{name}.wav")[0], 16_000)
+        (songs / f"{name}.wav").unlink()
+    (songs / "mine.json").unlink()
+    tagged = FLAC(songs / "mine.flac")
+    tagged["title"] = "My Title"
+    tagged.save()
+    list_songs(songs_config(*typed, "write=true"))
+    assert lines(songs) == [{"audio": "mine.flac", "caption": "My Title"}, {"audio": "plain.flac"}]
+    list_songs(songs_config(*asking, "captioner.ask=[caption]", "write=true"))
+    assert [line["caption"] for line in lines(songs)] == ["a slow waltz"] * 2
 
 
 def test_nobody_is_asked_unless_a_captioner_is_chosen(typed, server):

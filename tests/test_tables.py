@@ -336,7 +336,7 @@ def test_songs_jsonl_says_what_every_source_said(folder, capsys):
     lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["lyrics"].splitlines()[:2] == ["[00:01.000][Verse]", "[00:01.000]first line"]
     assert lines[1:] == [
-        {"audio": "live/02 - Two_hearts.flac", "caption": "Two hearts"},
+        {"audio": "live/02 - Two_hearts.flac"},
         {"audio": "live/three.mp3", "caption": "café", "genre": "pop", "lyrics": "la"},
     ]
     after = words(root)

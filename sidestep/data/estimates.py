@@ -23,6 +23,7 @@ from sidestep.captioner import ModelConfig
 from sidestep.data import analysis
 from sidestep.data.audio import SAMPLE_RATE, SILENT_PEAK, peak, read_audio
 from sidestep.data.songs import caption_from_name
+from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import Song, merge
 from sidestep.errors import UserError
 from sidestep.files import write_text
@@ -33,10 +34,16 @@ CAPTIONER_RATE = 16_000  # what the encoders of models that hear read
 _MISSING: dict[str, Callable[[Song], bool]] = {
     "bpm": lambda song: song.bpm is None,
     "keyscale": lambda song: not song.keyscale,
-    # a title or a file's name only stands for a caption
-    "caption": lambda song: song.source in ("file name", "file tags") or song.caption == caption_from_name(song.path),
+    "caption": lambda song: song.source in ("file name", "file tags") or _is_title(song),
     "lyrics": lambda song: not (song.lyrics or song.says_instrumental),
 }
+
+
+def _is_title(song: Song) -> bool:
+    """Say whether the caption is only the name of the file or its title, which stand for one in songs.jsonl too."""
+    if song.caption == caption_from_name(song.path):
+        return True
+    return can_read_tags() and song.caption == read_tags(song.path).get("caption", "").strip()
 
 
 def estimate(songs: Sequence[Song], cache_dir: Path) -> list[str]:

@@ -15,7 +15,7 @@ from sidestep.captioner import ModelConfig
 from sidestep.config.data import SongsConfig
 from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
-from sidestep.data.songs import SongList, printable, read_songs
+from sidestep.data.songs import SongList, caption_from_name, printable, read_songs
 from sidestep.data.tables import SONGS
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import Song, merge
@@ -84,6 +84,8 @@ def as_line(song: Song) -> dict[str, Any]:
             value = song.says_instrumental
         if value != getattr(default, key):
             values[key] = value
+    if song.caption == caption_from_name(song.path):  # nobody wrote it, and whoever reads the line makes it again
+        values.pop("caption", None)
     return values
 
 
