@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ipaddress
 import json
 import logging
 import os
@@ -30,8 +31,14 @@ log = logging.getLogger(__name__)
 ASKED = ("caption", "lyrics")
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP states of a server that may answer if it is asked again."""
+REFUSING = (400, 413, 422)
+"""HTTP states of a server that does not take this song, and may take others."""
 LONGEST_WAIT = 60.0
 """Seconds, whatever a server asks for."""
+
+
+class NoAnswerError(UserError):
+    """There is no answer to be had about this song; others may be asked about."""
 
 
 @option("captioner", "none")
@@ -77,6 +84,7 @@ class ModelConfig(CaptionerConfig):
             wav: the song as a WAV file, 16 kHz, mono, 16 bits.
 
         Raises:
+            NoAnswerError: if there is no answer about this song.
             UserError: if there is no answer to be had, so that no other song needs to be tried.
         """
         raise NotImplementedError
@@ -110,9 +118,11 @@ class OpenAIConfig(ModelConfig):
         try:
             parts = urlsplit(self.url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
+            parts.path.encode("ascii")
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # also where an address cannot have such letters
             is_address = False
-        if not is_address or not self.url.isprintable():
+        if not is_address or not self.url.isprintable() or " " in self.url:
             raise UserError(f"captioner.url={self.url} must be an address such as http://localhost:8000/v1")
         if not self.model.strip():
             raise UserError("captioner.model is empty; type captioner.model=...")
@@ -160,21 +170,29 @@ class OpenAIConfig(ModelConfig):
         shown = (text.replace(key, f"<{self.key_variable}>") if key else text)[:300]
         if state in PASSING:
             raise _BusyError(f"HTTP {state} {shown}".strip(), wait)
+        if state in REFUSING:
+            raise NoAnswerError(f"{self._place}: HTTP {state} {shown}".strip())
         if state != 200:
             hint = f"; a key goes into the environment variable {self.key_variable}" if state == 401 and not key else ""
             raise UserError(f"{self._place}: HTTP {state} {shown}".strip() + hint)
         try:
-            content = json.loads(said)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            choice = json.loads(said)["choices"][0]
+            content, reason = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{self._place} does not answer as OpenAI's chat completions do: {shown}") from None
+        if reason == "length":
+            raise NoAnswerError(f"{self._place}: the answer is cut off where the server's limit of tokens is")
         return content.strip() if isinstance(content, str) else ""
 
     def _send(self, body: bytes, key: str) -> tuple[int, bytes, float]:
         """Send a request; give the HTTP state, what was said, and after how many seconds to ask again."""
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         request = urllib.request.Request(self._place, body, headers)
+        handlers: list[Any] = [_RefuseRedirects]
+        if _is_this_machine(urlsplit(self.url).hostname or ""):
+            handlers.append(urllib.request.ProxyHandler({}))  # a proxy's own localhost is another machine
         try:
-            with urllib.request.build_opener(_RefuseRedirects).open(request, timeout=self.timeout_seconds) as reply:
+            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout_seconds) as reply:
                 return reply.status, reply.read(), 0.0
         except urllib.error.HTTPError as error:
             with error:
@@ -194,6 +212,13 @@ class _RefuseRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _seconds(text: str | None) -> float:

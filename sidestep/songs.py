@@ -9,11 +9,12 @@ from sidestep.config.data import SongsConfig
 
 
 def songs_command(config: SongsConfig) -> None:
-    """List, and exit with 1 if words of a song cannot be used."""
+    """List, and exit with 1 if words of a song cannot be used, or there is no answer about it."""
     # imported here so that a mistyped setting is answered before torch loads
     from sidestep.data.listing import list_songs
 
-    if list_songs(config).failed:
+    listing = list_songs(config)
+    if listing.failed or listing.unanswered:
         sys.exit(1)
 
 

@@ -18,6 +18,7 @@ from sidestep.data import analysis
 from sidestep.data.listing import list_songs
 from sidestep.data.songs import read_songs
 from sidestep.errors import UserError
+from sidestep.songs import songs_command
 from tests.audio_files import write
 from tests.factories import songs_config
 
@@ -262,12 +263,43 @@ def test_an_answer_that_cannot_be_used_is_named_and_asked_for_again(songs, askin
     server.answers |= {"Describe": "a bell\x07", "Write": " "}
     list_songs(songs_config(*asking, "write=true"))
     said = capsys.readouterr().out
-    assert "the answer about plain.wav: caption must be text without control characters" in said
+    assert "no answer about plain.wav: caption: the answer: caption must be text without control characters" in said
     assert "nothing heard of plain.wav: lyrics" in said
     assert "estimated" not in lines(songs)[1]
     server.answers["Write"] = "la"
     list_songs(songs_config(*asking))
-    assert len(server.asked) == 3
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("state", [400, 413, 422])
+def test_a_song_that_the_server_does_not_take_is_named_and_the_others_go_on(songs, asking, server, state, capsys):
+    (songs / "mine.json").unlink()
+    server.states = [state]
+    with pytest.raises(SystemExit):
+        songs_command(songs_config(*asking, "captioner.ask=[caption]", "write=true"))
+    assert f"no answer about mine.wav: caption: {server.url}/chat/completions: HTTP {state}" in capsys.readouterr().out
+    assert ["caption" in line for line in lines(songs)] == [False, True]
+
+
+def test_an_answer_that_is_cut_off_is_named_and_asked_for_again(songs, asking, monkeypatch, capsys):
+    asked = []
+    reply = {"choices": [{"message": {"content": "a slow"}, "finish_reason": "length"}]}
+    monkeypatch.setattr(
+        captioner.OpenAIConfig, "_send", lambda *args: asked.append(1) or (200, json.dumps(reply).encode(), 0.0)
+    )
+    for _ in range(2):
+        list_songs(songs_config(*asking, "captioner.ask=[caption]"))
+    assert len(asked) == 2
+    assert "no answer about plain.wav: caption: " in capsys.readouterr().out
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(asking, server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    list_songs(songs_config(*asking, "captioner.ask=[caption]", "captioner.retries=0"))
+    assert len(server.asked) == 1
 
 
 def test_a_busy_server_is_asked_again_after_growing_waits_or_as_long_as_it_says(asking, server, pauses):
@@ -337,6 +369,8 @@ def test_a_server_of_another_kind_is_refused(asking, content, monkeypatch):
             "^captioner.key_variable must be the name of an environment variable, and not",
         ),
         ("captioner.url='http://host:many/v1'", "must be an address such as"),
+        ("captioner.url='http://a..b/v1'", "must be an address such as"),
+        (f"captioner.url=http://{'x' * 64}.org/v1", "must be an address such as"),
         ("captioner.ask=[title]", "captioner.ask=title must be one of caption, lyrics"),
         ("captioner.retries=-1", "captioner.retries=-1 must be from 0 to 100"),
         ("captioner.timeout_seconds=0", "captioner.timeout_seconds=0 must be above 0"),

@@ -19,12 +19,12 @@ import soxr
 from tqdm import tqdm
 
 from sidestep.acestep.prompts import INSTRUMENTAL
-from sidestep.captioner import ModelConfig
+from sidestep.captioner import ModelConfig, NoAnswerError
 from sidestep.data import analysis
 from sidestep.data.audio import SAMPLE_RATE, SILENT_PEAK, peak, read_audio
 from sidestep.data.songs import caption_from_name
 from sidestep.data.tags import can_read_tags, read_tags
-from sidestep.data.words import Song, merge
+from sidestep.data.words import SONG_KEYS, Song, convert, merge
 from sidestep.errors import UserError
 from sidestep.files import write_text
 
@@ -61,7 +61,7 @@ def estimate(songs: Sequence[Song], cache_dir: Path) -> list[str]:
     """
     analysis.ensure_installed()
 
-    def hear(samples: analysis.Samples, wanted: Sequence[str]) -> dict[str, Any]:
+    def hear(name: str, samples: analysis.Samples, wanted: Sequence[str]) -> dict[str, Any]:
         heard = hashlib.sha256(samples.tobytes()).hexdigest()
         asked = ("estimate", analysis.METHOD, heard)
         answer: dict[str, Any] = _remembered(cache_dir, asked, partial(analysis.estimate_music, samples))
@@ -70,13 +70,14 @@ def estimate(songs: Sequence[Song], cache_dir: Path) -> list[str]:
     return _fill(songs, ("bpm", "keyscale"), analysis.read_middle, hear)
 
 
-def ask(songs: Sequence[Song], captioner: ModelConfig, cache_dir: Path) -> list[str]:
+def ask(songs: Sequence[Song], captioner: ModelConfig, cache_dir: Path, unanswered: dict[str, str]) -> list[str]:
     """Put captions and lyrics into songs that have none, as a model hears them.
 
     Args:
         songs: get the values.
         captioner: whom to ask, and for what.
         cache_dir: where answers are remembered.
+        unanswered: gets the songs about which there is no answer, and why.
 
     Returns:
         What the person who asked should know.
@@ -86,16 +87,24 @@ def ask(songs: Sequence[Song], captioner: ModelConfig, cache_dir: Path) -> list[
     """
     prompts = {"caption": captioner.caption_prompt, "lyrics": captioner.lyrics_prompt}
 
-    def hear(wav: bytes, wanted: Sequence[str]) -> dict[str, Any]:
+    def answer(key: str, wav: bytes) -> str:
+        text = captioner.answer(prompts[key], wav)
+        problems: list[str] = []
+        convert(key, text, SONG_KEYS[key], {}, "the answer", problems)
+        if problems:
+            raise NoAnswerError(problems[0])
+        return text
+
+    def hear(name: str, wav: bytes, wanted: Sequence[str]) -> dict[str, Any]:
         heard = hashlib.sha256(wav).hexdigest()
-        return {
-            key: _remembered(
-                cache_dir,
-                ("captioner", captioner.identity(), prompts[key], heard),
-                partial(captioner.answer, prompts[key], wav),
-            )
-            for key in wanted
-        }
+        answers = {}
+        for key in wanted:
+            asked = ("captioner", captioner.identity(), prompts[key], heard)
+            try:
+                answers[key] = _remembered(cache_dir, asked, partial(answer, key, wav))
+            except NoAnswerError as error:
+                unanswered[name] = "; ".join([*filter(None, [unanswered.get(name)]), f"{key}: {error}"])
+        return answers
 
     return _fill(songs, captioner.ask, partial(_as_wav, max_seconds=captioner.max_seconds), hear)
 
@@ -104,7 +113,7 @@ def _fill(
     songs: Sequence[Song],
     keys: Sequence[str],
     read: Callable[[Path], T],
-    hear: Callable[[T, Sequence[str]], Mapping[str, Any]],
+    hear: Callable[[str, T, Sequence[str]], Mapping[str, Any]],
 ) -> list[str]:
     """Put what is heard into songs where it is missing, marked; what could not be heard is said in the notes.
 
@@ -112,7 +121,7 @@ def _fill(
         songs: get the values.
         keys: what to look for.
         read: gives a song's sound from its path; what it refuses is left as it is.
-        hear: gives values by key, of those that are wanted.
+        hear: gives values by key, from a song's name and sound, of those that are wanted.
     """
     notes: list[str] = []
     for song in tqdm([song for song in songs if any(_MISSING[key](song) for key in keys)], unit="song", disable=None):
@@ -122,7 +131,7 @@ def _fill(
         except UserError as error:
             notes.append(f"not heard: {error}")
             continue
-        answers = hear(sound, wanted)
+        answers = hear(song.name, sound, wanted)
         given = {key: answers[key] for key in wanted if answers.get(key)}
         problems: dict[str, list[str]] = {}
         if str(given.get("lyrics", "")).casefold().strip(" .") == INSTRUMENTAL.casefold():
@@ -131,7 +140,7 @@ def _fill(
         merge(song, given, "captioner", f"the answer about {song.name}", problems)
         song.estimated = sorted({*song.estimated, *given} - set(problems))
         notes += [message for messages in problems.values() for message in messages]
-        if silent := [key for key in wanted if key not in given]:
+        if silent := [key for key in wanted if key in answers and key not in given]:
             notes.append(f"nothing heard of {song.name}: {', '.join(silent)}")
     return notes
 

@@ -48,7 +48,7 @@ def list_songs(config: SongsConfig) -> SongList:
     if config.estimate:
         listing.notes += estimate(chosen, Path(config.cache_dir))
     if isinstance(config.captioner, ModelConfig):
-        listing.notes += ask(chosen, config.captioner, Path(config.cache_dir))
+        listing.notes += ask(chosen, config.captioner, Path(config.cache_dir), listing.unanswered)
     for song in listing.songs:
         _print_song(song, before[song.name])
     _print_faults(listing)
@@ -140,6 +140,8 @@ def _print_song(song: Song, before: Song) -> None:
 def _print_faults(listing: SongList) -> None:
     for name, reason in listing.failed.items():
         print(printable(f"cannot be used: {name}: {reason}"))
+    for name, reason in listing.unanswered.items():
+        print(printable(f"no answer about {name}: {reason}"))
     for where, name in listing.missing.items():
         print(printable(f"{where}: there is no audio file {name}"))
     for note in listing.notes:

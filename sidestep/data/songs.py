@@ -60,6 +60,8 @@ class SongList:
     """Songs and entries of tables that cannot be used, and why."""
     missing: dict[str, str] = field(default_factory=dict)
     """Entries of tables whose audio file is not there, by file and line."""
+    unanswered: dict[str, str] = field(default_factory=dict)
+    """Songs about which a captioner gave no answer, and why."""
     lost: dict[str, str] = field(default_factory=dict)
     """Those of ``failed`` that are lines of songs.jsonl: some song would be told other words in their place."""
     notes: list[str] = field(default_factory=list)
