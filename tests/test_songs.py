@@ -161,6 +161,30 @@ def test_only_the_value_that_counts_can_fail_a_song(folder):
     assert "dataset.json entry 0 of x.wav: bpm must be" in note
 
 
+def test_a_key_that_is_none_is_noted_in_a_table_and_a_mistake_beside_a_song(folder):
+    root = folder({"x.wav": "", "y.wav": "", "y.json": {"keyscale": "Off-Key"}})
+    folder({"metadata.csv": "file_name,key\nx.wav,All\n"})
+    listing = read_songs(root)
+    assert [(song.name, song.keyscale) for song in listing.songs] == [("x.wav", "")]
+    assert listing.failed["y.wav"].endswith(
+        """keyscale must be a key such as "C major" or "F# minor", it is 'Off-Key'"""
+    )
+    assert "metadata.csv line 2 of x.wav: keyscale must be" in listing.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "right", "lyrics"),
+    [({"sections": "x"}, {"lyrics": "la"}, "la"), ({"lyrics": 3}, {"sections": [{"start": 1, "lyrics": "li"}]}, "li")],
+)
+def test_lyrics_and_sections_take_the_place_of_each_other(folder, bad, right, lyrics):
+    root = folder({"x.wav": "", "x.json": right, "dataset.json": [{"filename": "x.wav", **bad}]})
+    listing = read_songs(root)
+    assert (listing.failed, [song.lyrics for song in listing.songs]) == ({}, [lyrics])
+    assert "entry 0 of x.wav" in listing.notes[0]
+    folder({"x.json": {**bad, **right}})
+    assert list(read_songs(root).failed) == ["x.wav"]
+
+
 @pytest.mark.parametrize(
     ("value", "bpm"), [("120 bpm", 120), ("119.6BPM", 120), (90.0, 90), ("128,00", 128), ("127,6 BPM", 128)]
 )

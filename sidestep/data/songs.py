@@ -118,6 +118,7 @@ def read_songs(
         listing.notes.append("tags inside the files are not read; that takes pip install 'sidestep[tags]'")
     replaced: list[str] = []
     in_tags: list[str] = []
+    no_keys: list[str] = []
     unused: set[str] = set()
     for song in songs:
         problems: dict[str, list[str]] = {}
@@ -133,6 +134,8 @@ def read_songs(
             in_tags += [message for messages in useless.values() for message in messages]
         for table, entry in final or entries:
             replaced += merge(song, entry.values, table.path.name, f"{entry.where} of {song.name}", problems)
+            if not table.is_final and isinstance(entry.values.get("keyscale"), str):
+                no_keys += problems.pop("keyscale", [])  # programs write what they did not find there
         if not final:
             for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, unused, problems):
                 replaced += merge(song, words, "sidecar", str(sidecar), problems, lines)
@@ -141,6 +144,7 @@ def read_songs(
             listing.failed[song.name] = printable("; ".join(itertools.chain(*problems.values())))
     for note, messages in (
         ("tags inside the files that cannot be used, and are not", in_tags),
+        ("keys in tables that are none, and are not used", no_keys),
         ("cannot be used, but something nearer to the song says it right", replaced),
         ("keys of JSON files beside songs that are not used", sorted(unused)),
     ):

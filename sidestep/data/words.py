@@ -20,6 +20,7 @@ ALIASES = {
     "time_signature": "timesignature",
     "instrumental": "is_instrumental",
 }
+_SAME = {"lyrics": "sections", "sections": "lyrics"}  # either takes the place of the other
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _NOTES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
@@ -90,6 +91,7 @@ def merge(
         The messages that were lost.
     """
     given: dict[str, Any] = {}
+    faults: dict[str, list[str]] = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
         if name in SONG_KEYS and not is_missing(name, value):
@@ -97,8 +99,12 @@ def merge(
             place = f"{where} line {lines[name]}" if lines and name in lines else where
             convert(name, value, SONG_KEYS[name], given, place, found)
             if found:
-                problems.setdefault(name, []).extend(found)
-    replaced = [message for name in given for message in problems.pop(name, [])]
+                faults.setdefault(name, []).extend(found)
+    names = given.keys() | {other for name, other in _SAME.items() if name in given}
+    replaced = [message for name in SONG_KEYS if name in names for message in problems.pop(name, [])]
+    for name, messages in faults.items():
+        if name not in given:
+            problems.setdefault(name, []).extend(messages)
     if timed := given.pop("sections", None) or (parse_lrc(given["lyrics"]) if "lyrics" in given else None):
         given["timed_lyrics"], given["lyrics"] = timed, untimed(timed)
     elif given.get("lyrics", song.lyrics) != song.lyrics:
@@ -179,6 +185,13 @@ def _bpm(value: Any) -> int:
     return round(number)
 
 
+def _keyscale(value: Any) -> str:
+    key = spell_key(_line(value))
+    if not re.fullmatch("[A-G][#b]? (major|minor)", key):
+        raise ValueError('a key such as "C major" or "F# minor"')
+    return key
+
+
 def _timesignature(value: Any) -> str:
     """Keep the numerator, which is all that ACE-Step's prompt has room for."""
     match = re.fullmatch(r"([1-9]\d?)(\.0+)?(\s*/\s*[1-9]\d?)?", str(value).strip(), re.ASCII)
@@ -240,7 +253,7 @@ SONG_KEYS: dict[str, Callable[[Any], Any]] = {
     "lyrics": _text,
     "sections": parse_sections,
     "bpm": _bpm,
-    "keyscale": lambda value: spell_key(_line(value)),
+    "keyscale": _keyscale,
     "timesignature": _timesignature,
     "language": _line,
     "is_instrumental": _bool,
