@@ -14,7 +14,9 @@ from sidestep.config.data import DataConfig
 from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import content_id
 from sidestep.errors import UserError
-from tests.factories import preprocess_config, run_training
+from sidestep.training import fisher
+from sidestep.training.fisher import analyze
+from tests.factories import analyze_config, preprocess_config, run_training
 
 
 def write_sample(path, *, frames=60, tokens=9, width=64, padding=20, mode=None, seed=0, **metadata):
@@ -107,6 +109,18 @@ def test_a_leaking_reference_is_refused_unless_it_is_wanted(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "sidestep")
     assert len(open_dataset(tmp_path / "x", allow_leaked_reference=True).songs) == 1
     assert "their reference audio is the song itself" in caplog.text
+
+
+def test_an_analysis_takes_a_leaking_reference_where_its_own_setting_says_so(tmp_path, checkpoint_dir, monkeypatch):
+    write_sample(tmp_path / "x/one.pt", mode="lokr")
+    opened = []
+    monkeypatch.setattr(fisher, "check_dataset_fits", lambda dataset, _: opened.append(dataset) or 1 / 0)
+    typed = (f"dataset_dir={tmp_path / 'x'}", f"checkpoint_dir={checkpoint_dir}")
+    with pytest.raises(UserError, match=r"\(allow_leaked_reference=true for python -m sidestep\.analyze\)"):
+        analyze(analyze_config(*typed))
+    with pytest.raises(ZeroDivisionError):
+        analyze(analyze_config(*typed, "allow_leaked_reference=true"))
+    assert len(opened) == 1
 
 
 def test_files_of_another_model_are_refused(side_step, tmp_path, checkpoint_dir):

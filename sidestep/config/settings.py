@@ -570,6 +570,8 @@ class AnalyzeConfig:
     """Excerpts to measure on, each at one time; more make the intervals narrower."""
     max_seconds: float = MISSING
     """Longest excerpt, in seconds."""
+    allow_leaked_reference: bool = False
+    """Measure on datasets whose reference audio is the song itself, as data.allow_leaked_reference trains on them."""
     seed: int = 0
     """Decides the excerpts, noise and times."""
     device: Device = Device.auto

@@ -88,7 +88,8 @@ class LegacySongs:
             raise UserError(
                 f"{len(leaking)} files of dataset_dir={folder}, {leaking[0]} the first, were made as by ACE-Step's "
                 f"preprocess_mode=lokr, where the reference audio is the song itself, so that a run learns to copy it; "
-                f"make them anew with {again}, or type data.allow_leaked_reference=true"
+                f"make them anew with {again}, or type data.allow_leaked_reference=true "
+                "(allow_leaked_reference=true for python -m sidestep.analyze)"
             )
         log.warning(
             "dataset_dir=%s holds tensor files of another trainer: their lyrics lack the form that inference gives "

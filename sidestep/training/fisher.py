@@ -94,7 +94,10 @@ def analyze(config: AnalyzeConfig) -> Path:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
-    excerpts = DataConfig(excerpts=Excerpts.random)  # also of datasets with windows longer than max_seconds
+    excerpts = DataConfig(
+        excerpts=Excerpts.random,  # also of datasets with windows longer than max_seconds
+        allow_leaked_reference=config.allow_leaked_reference,
+    )
     dataset = SongDataset(Path(config.dataset_dir), max_seconds=config.max_seconds, seed=config.seed, config=excerpts)
     check_dataset_fits(dataset, checkpoint)
     transformer = checkpoint.load_transformer(device=device, dtype=dtype)
