@@ -133,6 +133,17 @@ def test_a_file_with_many_texts_and_windows_is_opened_once(tmp_path, read):
         check(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_was_found_is_remembered_in_a_file_of_the_folder_or_not_at_all(data, tmp_path, kind):
+    (tmp_path / "spare").mkdir()
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (data / REMEMBERED).symlink_to(outside) if kind == "link" else os.mkfifo(data / REMEMBERED)
+    check(data, tmp_path / "spare")
+    assert outside.read_text() == "mine"
+    assert len((tmp_path / "spare" / REMEMBERED).read_text().split()) == NUM_FILES
+
+
 def test_what_takes_long_is_told_and_remembered_on_the_way(data, monkeypatch, caplog):
     monkeypatch.setattr(checks, "PATIENCE", 0)
     with caplog.at_level(logging.INFO, "sidestep"):
