@@ -194,7 +194,7 @@ def test_a_damaged_file_costs_no_more_than_what_it_said(file, tmp_path):
 
 @pytest.mark.parametrize("process", [-1, 10**15])
 def test_what_is_no_number_of_a_process_is_no_process(process):
-    assert is_alive(PointRecord([], host=socket.gethostname(), process=process), None) is False
+    assert is_alive(PointRecord(overrides=[], host=socket.gethostname(), process=process), None) is False
 
 
 def test_long_curves_are_thinned_and_the_lowest_evaluation_stays(tmp_path):
