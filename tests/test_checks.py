@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,9 +155,15 @@ def test_what_takes_long_is_told_and_remembered_on_the_way(data, monkeypatch, ca
 
 def test_what_one_process_cannot_read_ends_all_of_them(monkeypatch):
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, "song7 is damaged"])
-    with pytest.raises(UserError, match="song7 is damaged"), failing_together(2):
+    waited = []
+    together = partial(failing_together, 2, lambda: waited.append(True))
+    with pytest.raises(UserError, match="song7 is damaged"), together():
         pass
-    with pytest.raises(UserError, match="song3 is damaged"), failing_together(2):
+    with pytest.raises(OSError, match="the disk of this process"), together():  # which the others are told too
+        raise OSError("the disk of this process")
+    assert len(waited) == 2
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, None])
+    with pytest.raises(UserError, match="song3 is damaged"), together():
         raise UserError("song3 is damaged")
-    with failing_together(1):
+    with failing_together(1, lambda: None):
         pass
