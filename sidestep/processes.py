@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -83,25 +83,29 @@ def check_together(facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def failing_together(num_processes: int) -> Iterator[None]:
+def failing_together(num_processes: int, wait: Callable[[], None]) -> Iterator[None]:
     """Raise what one process cannot go on with in every process, so that none waits for one that is gone.
 
     Args:
         num_processes: of this run; each must come here, with work of its own in the block.
+        wait: for all processes, however long one of them is at work, as an :class:`Agreement` does.
 
     Raises:
-        UserError: the first that was raised in the block of any process.
+        UserError: in the others, with the words of the first error of the block of any process.
+        Exception: what was raised in the block of this process, if that is no UserError.
     """
-    mine: UserError | None = None
+    mine: Exception | None = None
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         mine = error
     if num_processes > 1:
         from accelerate.utils import gather_object
 
-        theirs = [text for text in gather_object([None if mine is None else str(mine)]) if text is not None]
-        if theirs:
+        wait()  # the gathering itself, by way of GPUs, has no patience
+        text = None if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
+        theirs = [text for text in gather_object([text]) if text is not None]
+        if theirs and (mine is None or isinstance(mine, UserError)):
             raise UserError(theirs[0]) from mine
     if mine is not None:
         raise mine

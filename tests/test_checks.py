@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,17 @@ def test_a_file_with_many_texts_and_windows_is_opened_once(tmp_path, read):
         check(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_was_found_is_remembered_in_a_file_of_the_folder_or_not_at_all(data, tmp_path, kind):
+    (tmp_path / "spare").mkdir()
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (data / REMEMBERED).symlink_to(outside) if kind == "link" else os.mkfifo(data / REMEMBERED)
+    check(data, tmp_path / "spare")
+    assert outside.read_text() == "mine"
+    assert len((tmp_path / "spare" / REMEMBERED).read_text().split()) == NUM_FILES
+
+
 def test_what_takes_long_is_told_and_remembered_on_the_way(data, monkeypatch, caplog):
     monkeypatch.setattr(checks, "PATIENCE", 0)
     with caplog.at_level(logging.INFO, "sidestep"):
@@ -143,9 +155,15 @@ def test_what_takes_long_is_told_and_remembered_on_the_way(data, monkeypatch, ca
 
 def test_what_one_process_cannot_read_ends_all_of_them(monkeypatch):
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, "song7 is damaged"])
-    with pytest.raises(UserError, match="song7 is damaged"), failing_together(2):
+    waited = []
+    together = partial(failing_together, 2, lambda: waited.append(True))
+    with pytest.raises(UserError, match="song7 is damaged"), together():
         pass
-    with pytest.raises(UserError, match="song3 is damaged"), failing_together(2):
+    with pytest.raises(OSError, match="the disk of this process"), together():  # which the others are told too
+        raise OSError("the disk of this process")
+    assert len(waited) == 2
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, None])
+    with pytest.raises(UserError, match="song3 is damaged"), together():
         raise UserError("song3 is damaged")
-    with failing_together(1):
+    with failing_together(1, lambda: None):
         pass

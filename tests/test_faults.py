@@ -327,6 +327,27 @@ def test_a_manifest_whose_hash_is_right_and_whose_shape_is_not_is_refused(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("read_bytes", OSError(errno.EIO, "Input/output error")),
+        ("load", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+    ],
+)
+def test_a_disk_or_a_memory_that_fails_does_not_make_a_checkpoint_damaged(tmp_path, monkeypatch, name, error):
+    folder = tmp_path / "checkpoints/step_4"
+    folder.mkdir(parents=True)
+    torch.save({}, folder / "training_state.pt")
+    write_manifest(folder, 4)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Path if name == "read_bytes" else torch, name, fail)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"step": "4"}, "step is '4'"),

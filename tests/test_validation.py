@@ -29,7 +29,7 @@ from sidestep.seeds import derive_seed
 from sidestep.training.flow import noisy_latents_and_velocity
 from sidestep.training.run import Run, open_run
 from sidestep.training.signals import Interrupted
-from sidestep.training.validation import Evaluation, Validation, read_evaluations, verdict
+from sidestep.training.validation import Evaluation, Validation, _read_rows, read_evaluations, verdict
 from tests.factories import choices_of, run_training, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -491,3 +491,10 @@ def test_the_mean_of_the_weights_is_kept_evaluated_and_saved_without_touching_tr
     torch.testing.assert_close(kept[key], expected)
     assert not torch.equal(weights(tmp_path / "run/final_ema")[f"base_model.model.{key}"], third)
     assert read_evaluations(tmp_path / "run")[-1]["ema_loss"] != read_evaluations(tmp_path / "run")[-1]["loss"]
+
+
+def test_rows_of_another_version_are_passed_over_with_one_warning(tmp_path, caplog):
+    (tmp_path / "validation.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+    assert _read_rows(tmp_path) == []
+    (warning,) = caplog.messages
+    assert warning.startswith(f"2 rows of {tmp_path / 'validation.jsonl'} are not as this version writes them")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import stat
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,7 +116,11 @@ class _Memory:
         lines = "".join(f"\n{mark}" for mark in self.found if mark)  # in front, so that a torn line spoils only itself
         for folder in self.folders if lines else ():
             try:
-                with (folder / REMEMBERED).open("a", encoding="ascii") as file:
+                # no link, which may lead out of the folder, and no pipe, which may let nobody write
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                with open(os.open(folder / REMEMBERED, flags, 0o666), "a", encoding="ascii") as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        continue
                     file.write(lines)
             except OSError:
                 continue

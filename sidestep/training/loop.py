@@ -104,12 +104,12 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 **run.record.settings,
             }
         )
-    with failing_together(accelerator.num_processes):
+    agreement = Agreement(accelerator.num_processes)
+    with failing_together(accelerator.num_processes, agreement.wait):
         run.all_songs.check_tensors(
             run.output_dir, process=accelerator.process_index, num_processes=accelerator.num_processes
         )
     initial = run.read_initial() if start is None else None
-    agreement = Agreement(accelerator.num_processes)
     previews = Previews(run) if config.previews.every_epochs is not None else None
     if kept is not None and (previews is not None or memory.offloaded_share):
         kept.drop()  # rendering needs the memory, and what waits in main memory shall not be on the device too

@@ -280,7 +280,7 @@ class Run:
         if config.resume_from is not None:
             self.record.went_back_to = str(Path(config.resume_from).resolve())
         if self.process == 0:
-            # only now that nothing can be refused any more
+            # not before the checkpoint was found to fit; what is refused later costs nothing that was moved
             is_own = folder.resolve().parent == (self.output_dir / "checkpoints").resolve()
             self._set_aside_after(state.step if is_own else 0, goes_back=goes_back)
             if goes_back:

@@ -9,6 +9,7 @@ checkpoints/epoch_N/  or  checkpoints/step_N/
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -93,12 +94,19 @@ def load_checkpoint(folder: Path) -> TrainingState:
     """Read a checkpoint after checking every file against its manifest.
 
     Raises:
-        UserError: if a file is missing, was changed or cannot be read.
+        UserError: if a file is missing or was changed, or does not hold what it must.
+        OSError: if the disk does not let it be read.
     """
     _verify(folder)
+    try:  # the bytes first: an error of the disk does not say that they are damaged
+        content = io.BytesIO((folder / STATE).read_bytes())
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{folder / STATE} is missing") from error
     try:
-        saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+        saved = torch.load(content, weights_only=True, map_location="cpu")
     except UNPICKLING_ERRORS as error:
+        if "allocate memory" in str(error):  # nor does too little memory
+            raise
         raise UserError(f"{folder / STATE} is not a training state ({type(error).__name__})") from error
     if not isinstance(saved, dict) or saved.pop("format", None) != FORMAT:
         raise UserError(f"{folder / STATE} was written by another version of sidestep")

@@ -410,13 +410,15 @@ def _read_rows(folder: Path) -> list[Evaluation]:
     """Every evaluation of a run that can be understood, oldest first."""
     names = {field.name for field in fields(Evaluation)}
     rows = []
-    for row in read_evaluations(folder):
+    for row in (found := read_evaluations(folder)):
         losses = {key: row.get(key) for key in ("loss", "base_loss", "difference", "train_loss", "train_base_loss")}
         if row.keys() != names or not all(isinstance(loss, float | None) for loss in losses.values()):
             continue
         if isinstance(row["step"], int) and isinstance(row["num_songs"], int):
             finite = {key: math.nan if loss is None else loss for key, loss in losses.items()}  # JSON has no NaN
             rows.append(Evaluation(**{**row, **finite}))
+    if passed_over := len(found) - len(rows):
+        log.warning("%d rows of %s are not as this version writes them; passing over them", passed_over, folder / FILE)
     return rows
 
 
