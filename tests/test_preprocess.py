@@ -488,6 +488,12 @@ def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, son
     assert len(read_manifest(Path(config.dataset_dir))[1]) == len(summary.changed)
 
 
+def test_a_song_is_not_its_own_reference(config, songs):
+    path = Path(config.audio_dir) / "a/one.wav"
+    with pytest.raises(UserError, match=r"reference=.*one\.wav is the song a/one\.wav itself"):
+        preprocess(replace(config, reference=str(path)))
+
+
 def test_the_next_song_is_read_while_one_is_encoded(config, songs, monkeypatch):
     began, read, encoded = threading.Event(), encode.read_hashed, encode.encode_latents
     seen = []

@@ -244,7 +244,7 @@ def _update(
         log.warning("%s: there is no audio file %s", printable(where), printable(name))
     fingerprints = {part: checkpoint.fingerprint(part) for part in ("vae", "text_encoder", "condition_encoder")}
 
-    to_encode = listing.songs + _reference_song(config.reference)
+    to_encode = listing.songs + _reference_song(config.reference, listing.songs)
     latents = _encode_songs(config, checkpoint, to_encode, fingerprints["vae"], device, summary)
     summary.changed.discard(_REFERENCE)
     if _REFERENCE in summary.failed:
@@ -357,12 +357,24 @@ def reference_frames(latents: Tensor) -> Tensor:
 # first pass: audio
 
 
-def _reference_song(reference: str) -> list[Song]:
-    """The audio file that all songs take for their reference, as a song without words; none for the other choices."""
+def _reference_song(reference: str, songs: list[Song]) -> list[Song]:
+    """The audio file that all songs take for their reference, as a song without words; none for the other choices.
+
+    Raises:
+        UserError: if there is no such file, or it is one of the songs, which would be told its own sound.
+    """
     if reference in ("silence", "song"):
         return []
     if not Path(reference).is_file():
         raise UserError(f"reference={reference} must be silence, song, or an audio file: {describe(Path(reference))}")
+    size, digest = Path(reference).stat().st_size, sha256_of(Path(reference))
+    for song in songs:
+        with contextlib.suppress(OSError):  # what cannot be read is said where it is encoded
+            if song.path.stat().st_size == size and sha256_of(song.path) == digest:
+                raise UserError(
+                    f"reference={reference} is the song {song.name} itself, which would be told its own sound; "
+                    f"use another file, or reference=song, which tells each song of its other parts"
+                )
     return [Song(path=Path(reference), name=_REFERENCE)]
 
 
