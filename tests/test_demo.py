@@ -135,6 +135,7 @@ def test_demos_that_begin_together_wait_for_each_other(tmp_path):
     assert len(SongDataset(tmp_path / "data/base", max_seconds=6, seed=0).songs) == 4
 
 
+@pytest.mark.slow
 def test_preprocessing_says_what_it_skipped_and_exits_with_1(demo, tmp_path):
     songs = tmp_path / "songs"
     songs.mkdir()
@@ -165,7 +166,11 @@ def test_the_demo_does_not_touch_folders_that_are_not_its_own(demo, tmp_path):
     ("arguments", "answer"),
     [
         (["dataset_dir=nothing"], "python scripts/download_checkpoint.py turbo"),
-        (["dataset_dir=nothing", "checkpoint_dir=outputs/demo-model"], "dataset_dir=nothing is not a dataset"),
+        pytest.param(
+            ["dataset_dir=nothing", "checkpoint_dir=outputs/demo-model"],
+            "dataset_dir=nothing is not a dataset",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_missing_is_named_with_the_command_that_makes_it(demo, arguments, answer):

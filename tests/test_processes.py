@@ -83,7 +83,8 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # two processes that stop and go on as another number of them are in the short form, below
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, world_size):
     """Twenty steps of LoRA, DoRA and LoKr, one after the other in the same processes."""
 

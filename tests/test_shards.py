@@ -34,7 +34,8 @@ def test_parts_done_at_the_same_time_give_the_dataset_that_one_process_would(tmp
     both = [start(tmp_path, "-m", *common, "num_shards=2", f"shard={n}", command="preprocess") for n in (0, 1)]
     for process in both:
         assert process.finish() == 0, process.text
-    assert sum("the dataset is put together\n" in process.text for process in both) == 1
+    # the one that ends last, or both where they end at once
+    assert any("the dataset is put together\n" in process.text for process in both)
     assert read_manifest(parts) == read_manifest(whole)
     for file in whole.rglob("*.safetensors"):
         assert (parts / file.relative_to(whole)).read_bytes() == file.read_bytes()
