@@ -13,6 +13,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test draws the same numbers whichever tests its worker ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder of a toy base checkpoint and a toy turbo checkpoint."""

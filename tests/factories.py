@@ -179,7 +179,9 @@ def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: 
     model_variant = train_config(f"model_variant={variant}").model_variant
     checkpoint = find_checkpoint(checkpoint_dir, model_variant)
     transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
-    adapter = adapter_config(*overrides).attach(transformer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)  # what attach draws decides how much the adapter changes
+        adapter = adapter_config(*overrides).attach(transformer)
     generator = torch.Generator().manual_seed(5)
     for parameter in adapter.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
