@@ -276,7 +276,7 @@ def end_sweep() -> int:
     print(as_table(points, sweep_dir))
     try:
         write_tables(sweep_dir, points)
-        log.info("the page about it is %s", write_page(sweep_dir, inline_mb=8))
+        log.info("the page about it is %s", write_page(sweep_dir))
     except OSError as error:  # a full disk does not change what the points came to
         log.warning("the table and the page are not up to date: %s", error)
     failed = 0

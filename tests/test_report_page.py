@@ -112,11 +112,16 @@ def test_the_data_survives_and_no_text_of_a_file_is_markup(sweep):
     assert runs["lora-rank8"]["steps"][-1] == 40  # the line that was cut off is passed over
 
 
-def test_small_music_is_part_of_the_page_and_more_is_linked(sweep, tmp_path):
+def test_small_music_is_part_of_the_page_and_more_is_linked(sweep, tmp_path, browser):
     linked = embedded(sweep / "report.html")["runs"][1]["previews"][0]["audio"]
     assert (sweep / linked).is_file()
-    copy = shutil.copytree(sweep, tmp_path / "copy")
-    assert embedded(write_page(copy, inline_mb=1))["runs"][1]["previews"][0]["audio"].startswith("data:audio/flac")
+    whole = write_page(shutil.copytree(sweep, tmp_path / "copy"), inline_mb=1).rename(tmp_path / "alone.html")
+    assert embedded(whole)["runs"][1]["previews"][0]["audio"].startswith("data:audio/flac")
+    page = browser.new_page()
+    for path, says_so in ((sweep / "report.html", True), (whole, False)):
+        page.goto(path.as_uri())
+        assert page.locator("#linked").is_visible() == says_so
+    page.close()
 
 
 def test_a_list_of_previews_cannot_name_files_elsewhere(tmp_path):

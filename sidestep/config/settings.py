@@ -536,7 +536,7 @@ class ReportConfig:
     format: ReportFormat = MISSING
     """table for the terminal, html for a page to look at and listen to, or csv or json with every setting."""
     inline_mb: float = MISSING
-    """With format=html: up to this much music becomes part of the page; more is linked to."""
+    """With format=html: up to this many MiB of music become part of the page; more is linked to."""
 
     def __post_init__(self) -> None:
         filled(self, "sweep_dir")

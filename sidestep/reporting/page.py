@@ -25,6 +25,8 @@ from sidestep.times import now
 log = logging.getLogger(__name__)
 
 NAME = "report.html"
+INLINE_MB = 32.0
+"""Music of the page that a sweep writes at its end; as conf/report.yaml."""
 _WEB = Path(__file__).parent / "web"
 _CURVE = 250
 """Most points of a curve; each is the mean of the steps it stands for."""
@@ -59,12 +61,13 @@ class PageRun:
     previews: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_page(folder: Path, inline_mb: float) -> Path:
+def write_page(folder: Path, inline_mb: float = INLINE_MB) -> Path:
     """Write ``report.html`` into the folder of a run or of a sweep.
 
     Args:
         folder: ``outputs/<name>`` or ``outputs/<name>/<run>``.
-        inline_mb: music is put into the page itself if all of it is no larger; otherwise the page links to the files.
+        inline_mb: MiB; music is put into the page itself if all of it, with its pictures, is no larger; otherwise the page
+            links to the files and says so.
 
     Returns:
         The page.

@@ -341,6 +341,7 @@
   const pieces = [...new Set(runs.flatMap((run) => run.previews.map(piece)))];
   for (const name of pieces) at("piece").append(make("option", name.length > 70 ? `${name.slice(0, 60)}… ${name.slice(-9)}` : name, { value: name }));
   at("listening").hidden = !pieces.length;
+  at("linked").hidden = !runs.some((run) => run.previews.some((p) => !p.audio.startsWith("data:")));
   const describe = (c) => (c.preview.scale === 0 ? "base model" : `${c.run.name}, epoch ${c.preview.epoch}, scale ${c.preview.scale}`);
 
   /** What can be heard of one piece of music: the base model once, then each ticked run. */
