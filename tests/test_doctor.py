@@ -34,6 +34,7 @@ from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import SongDataset
 from sidestep.data.manifest import read_manifest, write_manifest
 from sidestep.doctor import dearest_point, examine_sweep, main
+from sidestep.errors import UserError
 from sidestep.inference import previews
 from sidestep.training.memory import MemoryPlan
 from sidestep.training.run import open_run
@@ -221,6 +222,19 @@ def test_a_card_that_is_too_small_gets_the_setting_to_change(tmp_path, places, m
     assert look(tmp_path, *places) is None
     assert "does not fit" in caplog.text
     assert "use vram_profile.gradient_checkpointing=selective" in caplog.text
+
+
+def test_an_evaluation_that_does_not_fit_is_not_called_a_step(tmp_path, places, monkeypatch):
+    def too_small(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    held_out = (*places, "validation.songs=[song2.wav]", "validation.seconds=30")
+    monkeypatch.setattr("sidestep.checking.dry_run._time_forward", too_small)
+    with pytest.raises(UserError, match=r"evaluating a held-out song .* smaller validation\.seconds than 30"):
+        look(tmp_path, *held_out)
+    monkeypatch.setattr(Validation, "_song_losses", too_small)
+    with pytest.raises(UserError, match=r"evaluating a held-out song .* smaller validation\.seconds than 30"):
+        run_training(tmp_path / "outputs/run", *held_out)
 
 
 def test_what_would_fit_names_no_more_than_is_needed(tmp_path, places, monkeypatch):

@@ -31,6 +31,7 @@ from sidestep.training.offload import OffloadedBlocks, first_blocks
 from sidestep.training.previews import Previews, blaming_previews
 from sidestep.training.run import Run
 from sidestep.training.tracking import used_gib
+from sidestep.training.validation import blaming_evaluation
 
 MOST_LOOKED_AT = 20_000
 """Micro-batches among which the longest one is looked for; enough for any dataset, and a second of work."""
@@ -154,7 +155,8 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
     attention.set_padding(None, None)
     transformer.eval()
     with torch.no_grad(), accelerator.autocast():
-        per_song = _time_evaluation(run, transformer) if run.held_out else 0.0
+        with blaming_evaluation(config.validation.seconds):
+            per_song = _time_evaluation(run, transformer) if run.held_out else 0.0
         if rendering is not None:
             with blaming_previews(run.config.previews.seconds):
                 rendering = _with_sampling(rendering, run, transformer)

@@ -17,7 +17,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -331,7 +332,8 @@ class Validation:
             for first in range(0, len(songs), num_processes):
                 between_songs()
                 if (row := first + process) < len(songs):
-                    losses[row] = self._song_losses(transformer, songs[row])
+                    with blaming_evaluation(self.run.config.validation.seconds):
+                        losses[row] = self._song_losses(transformer, songs[row])
         transformer.train(was_training)
         if num_processes > 1:
             losses = self.accelerator.reduce(losses.to(self.device), "sum").cpu()
@@ -385,6 +387,22 @@ class Validation:
             )
         transformer.train(was_training)
         return output.double().cpu()
+
+
+@contextmanager
+def blaming_evaluation(seconds: float) -> Iterator[None]:
+    """Say of memory that runs out in the block that evaluating needed it, and not a step of training.
+
+    Raises:
+        UserError: naming ``validation.seconds``.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"evaluating a held-out song did not fit in memory; use a smaller validation.seconds than {seconds:g} "
+            f"or vram_profile.batch_size=1"
+        ) from error
 
 
 def _noise(song: str, time: int, shape: torch.Size) -> Tensor:
