@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -58,7 +59,7 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
         root: dataclass of its settings.
         task: what it does with them; what it returns is what a Hydra sweeper minimises.
     """
-    typed, unknown = get_args_parser().parse_known_args()
+    typed, unknown = read_arguments()
     if unknown:
         sys.exit(f"{unknown[0]} is not an option; settings are typed as key=value, and --help shows them")
     if typed.help:
@@ -75,6 +76,18 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
         failed = end_sweep()  # of any sweep that began, however it ended
     if failed:
         sys.exit(1)
+
+
+def read_arguments() -> tuple[Namespace, list[str]]:
+    """Read what was typed, and what of it Hydra does not know.
+
+    Options may stand anywhere; they are put in front of the settings in ``sys.argv``, because Hydra's own reading of it
+    refuses a setting that follows an option that follows a setting.
+    """
+    typed, unknown = get_args_parser().parse_known_intermixed_args()
+    options = [argument for argument in sys.argv[1:] if argument not in typed.overrides]
+    sys.argv[1:] = options + typed.overrides
+    return typed, unknown
 
 
 def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) -> None:

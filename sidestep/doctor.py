@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
@@ -18,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sidestep.cli import run_command
+from sidestep.cli import read_arguments, run_command
 from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, explain, launches_sweep, to_dataclass
 from sidestep.config.naming import run_name
 from sidestep.config.settings import TrainConfig
@@ -131,7 +130,7 @@ def _examine(
 
 def main() -> None:
     """Examine one run or, with ``-m`` or a sweep among the settings, every point of it."""
-    typed, unknown = get_args_parser().parse_known_args()
+    typed, unknown = read_arguments()
     overrides = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
     overrides += typed.overrides
     if unknown or typed.help or not (typed.multirun or launches_sweep("train", overrides)):

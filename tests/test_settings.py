@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.utils import get_args_parser
 
 from sidestep.captioner import OpenAIConfig
+from sidestep.cli import read_arguments
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import conf_dir, read_profiles
 from sidestep.config.help import field_docs
@@ -249,3 +251,11 @@ def test_every_setting_is_explained(cls):
 def test_conf_has_no_unused_folder():
     used = {*GROUPS, "captioner", "experiment", "sweep", "cluster", "hydra", "local"}
     assert {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()} <= used
+
+
+def test_an_option_may_stand_between_settings(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "name=s", "-m", "adapter=lora,lokr", "--config-dir", "here", "seed=1"])
+    typed, unknown = read_arguments()
+    assert (typed.multirun, typed.config_dir, unknown) == (True, "here", [])
+    assert sys.argv == ["train", "-m", "--config-dir", "here", "name=s", "adapter=lora,lokr", "seed=1"]
+    assert get_args_parser().parse_args().overrides == typed.overrides  # as Hydra reads it

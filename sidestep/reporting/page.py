@@ -66,8 +66,8 @@ def write_page(folder: Path, inline_mb: float = INLINE_MB) -> Path:
 
     Args:
         folder: ``outputs/<name>`` or ``outputs/<name>/<run>``.
-        inline_mb: MiB; music is put into the page itself if all of it, with its pictures, is no larger; otherwise the page
-            links to the files and says so.
+        inline_mb: MiB; music and its pictures are put into the page itself if all of them are no larger; otherwise the
+            page links to the files and says so.
 
     Returns:
         The page.
