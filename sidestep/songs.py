@@ -9,12 +9,12 @@ from sidestep.config.data import SongsConfig
 
 
 def songs_command(config: SongsConfig) -> None:
-    """List, and exit with 1 if words of a song cannot be used, or there is no answer about it."""
+    """List, and exit with 1 if a song or its words cannot be used, or there is no answer about it."""
     # imported here so that a mistyped setting is answered before torch loads
     from sidestep.data.listing import list_songs
 
     listing = list_songs(config)
-    if listing.failed or listing.unanswered:
+    if listing.failed or listing.undecodable or listing.unanswered:
         sys.exit(1)
 
 

@@ -298,15 +298,15 @@ WORDS: dict[str, tuple[str, Damage | None, dict[str, Any], list[str]]] = {
     "a metadata_file that is not there": (
         "preprocess", sing("a.wav"), {**ALBUM, "metadata_file": "gone.json"}, ["gone.json", "does not exist"]),
     "a folder for a metadata_file": ("preprocess", sing("a.wav"), {**ALBUM, "metadata_file": "songs"}, ["songs"]),
-    "an entry that is no object": ("preprocess", entries("song.wav"), ALBUM, ["dataset.json entry 0", "an object"]),
-    "an entry of no file": ("preprocess", entries({"caption": "x"}), ALBUM, ["dataset.json entry 0", "audio_path"]),
+    "an entry that is no object": ("preprocess", entries("song.wav"), ALBUM, ["dataset.json entry 1", "an object"]),
+    "an entry of no file": ("preprocess", entries({"caption": "x"}), ALBUM, ["dataset.json entry 1", "audio_path"]),
     "an entry outside of the folder": (
-        "preprocess", entries({"audio_path": "../songs/0.wav"}), ALBUM, ["entry 0", "../songs/0.wav is outside"]),
+        "preprocess", entries({"audio_path": "../songs/0.wav"}), ALBUM, ["entry 1", "../songs/0.wav is outside"]),
     "an entry named twice": (
-        "preprocess", entries({"filename": "song.wav"}, {"filename": "song.wav"}), ALBUM, ["entry 1", "named twice"]),
-    "an entry with a zero byte": ("preprocess", entries({"filename": "song\0.wav"}), ALBUM, ["dataset.json entry 0"]),
+        "preprocess", entries({"filename": "song.wav"}, {"filename": "song.wav"}), ALBUM, ["entry 2", "named twice"]),
+    "an entry with a zero byte": ("preprocess", entries({"filename": "song\0.wav"}), ALBUM, ["dataset.json entry 1"]),
     "an entry with half a character": (
-        "preprocess", entries({"filename": "\ud800.wav"}), ALBUM, ["dataset.json entry 0"]),
+        "preprocess", entries({"filename": "\ud800.wav"}), ALBUM, ["dataset.json entry 1"]),
     "a genre ratio of 500": ("preprocess", entries(genre_ratio=500), ALBUM, ["dataset.json metadata", "genre_ratio"]),
     "a genre ratio in words": ("preprocess", entries(genre_ratio="half"), ALBUM, ["dataset.json metadata", "'half'"]),
     "a tag position of nowhere": ("preprocess", entries(tag_position="nowhere"), ALBUM, ["tag_position", "'nowhere'"]),

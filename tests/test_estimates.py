@@ -71,6 +71,21 @@ def test_what_is_missing_is_estimated_from_the_files_and_marked(tmp_path, capsys
     assert (song.bpm, song.keyscale, song.estimated) == (140, "A minor", ["bpm", "keyscale"])
 
 
+def test_a_list_names_songs_that_are_no_audio_and_entries_without_any(tmp_path, capsys):
+    write(tmp_path / "song.wav", np.zeros((4800, 2)), 48_000)
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "dataset.json").write_text('[{"filename": "song.wav", "bpm": 90}, {"filename": "gone.wav"}]')
+    listing = list_songs(songs_config(f"audio_dir={tmp_path}"))
+    assert [song.name for song in listing.songs] == ["song.wav", "text.wav"]
+    assert list(listing.undecodable) == ["text.wav"]
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'text.wav'} cannot be read as audio" in said
+    assert f"{tmp_path / 'dataset.json'} entry 2: there is no audio file gone.wav" in said
+    assert "2 songs, 2 captioned by their file name, 2 faults" in said
+    with pytest.raises(SystemExit):
+        songs_command(songs_config(f"audio_dir={tmp_path}"))
+
+
 def test_silence_and_a_moment_have_neither_tempo_nor_key():
     assert analysis.estimate_music(np.zeros(20 * RATE, np.float32)) == {}
     assert analysis.estimate_music(np.ones(RATE, np.float32)) == {}

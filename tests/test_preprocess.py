@@ -571,7 +571,7 @@ def test_a_song_with_bad_words_and_a_bad_entry_are_named_and_the_rest_go_on(conf
     words(songs / "a/one.json", '{"bpm": "fast"}')
     words(songs / "dataset.json", '[{"caption": "whose?"}]')
     summary = preprocess(config)
-    assert list(summary.failed) == [f"{songs / 'dataset.json'} entry 0", "a/one.wav"]
+    assert list(summary.failed) == [f"{songs / 'dataset.json'} entry 1", "a/one.wav"]
     assert len(read(config)[1]) == 2
     assert any(line.startswith("skipped a/one.wav: ") for line in summary.lines())
     assert "a/one.wav is left out: " in caplog.text
@@ -653,9 +653,9 @@ def test_silent_songs_long_texts_and_missing_files_are_reported_on_every_run(con
     for summary in (first, second):
         assert summary.silent == ["quiet.wav"]
         assert summary.truncated["quiet.wav"]["caption"] > 200
-        assert f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav" in summary.lines()
+        assert f"{root / 'dataset.json'} entry 1: there is no audio file gone.wav" in summary.lines()
     said = [record.getMessage() for record in caplog.records]
-    at = said.index(f"{root / 'dataset.json'} entry 0: there is no audio file gone.wav")
+    at = said.index(f"{root / 'dataset.json'} entry 1: there is no audio file gone.wav")
     assert at < next(number for number, line in enumerate(said) if line.startswith("encoding audio"))
 
 

@@ -158,7 +158,7 @@ def test_only_the_value_that_counts_can_fail_a_song(folder):
     assert list(listing.failed) == ["y.wav"]
     (note,) = listing.notes
     assert note.startswith("cannot be used, but something nearer to the song says it right: ")
-    assert "dataset.json entry 0 of x.wav: bpm must be" in note
+    assert "dataset.json entry 1 of x.wav: bpm must be" in note
 
 
 def test_a_key_that_is_none_is_noted_in_a_table_and_a_mistake_beside_a_song(folder):
@@ -180,7 +180,7 @@ def test_lyrics_and_sections_take_the_place_of_each_other(folder, bad, right, ly
     root = folder({"x.wav": "", "x.json": right, "dataset.json": [{"filename": "x.wav", **bad}]})
     listing = read_songs(root)
     assert (listing.failed, [song.lyrics for song in listing.songs]) == ({}, [lyrics])
-    assert "entry 0 of x.wav" in listing.notes[0]
+    assert "entry 1 of x.wav" in listing.notes[0]
     folder({"x.json": {**bad, **right}})
     assert list(read_songs(root).failed) == ["x.wav"]
 
@@ -322,14 +322,14 @@ def test_a_song_with_bad_words_is_left_out_with_every_mistake_by_file_and_key(fo
     assert [song.name for song in listing.songs] == ["f.wav"]
     for name, parts in {
         "a.wav": [
-            "a.json: bpm must be a number of beats per minute above 0, it is 'fast'",
+            "a.json: bpm must be a number of beats per minute from 0.5 to 9999, it is 'fast'",
             "a.json: timesignature must be",
             "a.json: caption must be text, it is '3'",
             "a.json: prompt_override must be one of caption, genre, it is 'both'",
         ],
         "b.wav": ["b.lyrics.txt: lyrics must be text without control characters"],
         "c.wav": ["c.json is not JSON"],
-        "d.wav": ["dataset.json entry 0 of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
+        "d.wav": ["dataset.json entry 1 of d.wav: bpm must be", "d.caption.txt cannot be read as UTF-8"],
         "e.wav": [
             "e.wav: prompt_override is genre, but the song has no genre",
             "e.json: caption must be text without control characters",
@@ -357,8 +357,8 @@ def test_an_entry_that_cannot_be_used_is_named_and_the_others_are_used(folder, t
     (tmp_path / "secret.wav").touch()
     listing = read_songs(root)
     assert [song.caption for song in listing.songs] == ["x", "x", "good"]
-    assert list(listing.failed) == [f"{root / 'dataset.json'} entry 1"]
-    assert reason in listing.failed[f"{root / 'dataset.json'} entry 1"]
+    assert list(listing.failed) == [f"{root / 'dataset.json'} entry 2"]
+    assert reason in listing.failed[f"{root / 'dataset.json'} entry 2"]
 
 
 def test_names_of_any_length_are_no_fault(folder):

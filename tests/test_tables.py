@@ -134,7 +134,7 @@ def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
     assert listing.missing == {f"{root / 'metadata.csv'} line 4": "gone.wav"}
     csv, jsonl = root / "metadata.csv", root / "live/metadata.jsonl"
     for key, reason in {
-        "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute above 0, it is 'fast'",
+        "One Love.wav": f"{csv} line 2 of One Love.wav: bpm must be a number of beats per minute from 0.5",
         "live/three.mp3": f"{csv} line 6 of live/three.mp3: repeat must be a whole number of at least 1, it is '0'",
         "live/02 - Two_hearts.flac": "weight must be a number above 0, up to 10,000, it is '-1'",
         f"{csv} line 5": "it has 5 values for 4 columns; a value with ',' in it is written in quotes",

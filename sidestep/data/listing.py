@@ -13,6 +13,7 @@ from typing import Any
 
 from sidestep.captioner import ModelConfig
 from sidestep.config.data import SongsConfig
+from sidestep.data.audio import probe_audio
 from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
 from sidestep.data.songs import SongList, caption_from_name, printable, read_songs
@@ -41,6 +42,11 @@ def list_songs(config: SongsConfig) -> SongList:
     audio_dir = Path(config.audio_dir)
     table = None if config.metadata_file is None else Path(config.metadata_file)
     listing = read_songs(audio_dir, metadata_file=table, file_tags=config.file_tags)
+    for song in listing.songs:
+        try:
+            probe_audio(song.path)
+        except UserError as error:
+            listing.undecodable[song.name] = str(error)
     before = {song.name: dataclasses.replace(song) for song in listing.songs}
     chosen = [song for song in listing.songs if fnmatchcase(song.name, config.only)]
     for song in chosen:
@@ -142,9 +148,12 @@ def _print_faults(listing: SongList) -> None:
         print(printable(f"cannot be used: {name}: {reason}"))
     for name, reason in listing.unanswered.items():
         print(printable(f"no answer about {name}: {reason}"))
+    for reason in listing.undecodable.values():
+        print(printable(reason))
     for where, name in listing.missing.items():
         print(printable(f"{where}: there is no audio file {name}"))
     for note in listing.notes:
         print(printable(note))
     guessed = sum(song.source == "file name" for song in listing.songs)
-    print(f"{len(listing.songs)} songs, {guessed} captioned by their file name, {len(listing.failed)} faults")
+    faults = len(listing.failed) + len(listing.undecodable) + len(listing.missing)
+    print(f"{len(listing.songs)} songs, {guessed} captioned by their file name, {faults} faults")

@@ -62,6 +62,8 @@ class SongList:
     """Entries of tables whose audio file is not there, by file and line."""
     unanswered: dict[str, str] = field(default_factory=dict)
     """Songs about which a captioner gave no answer, and why."""
+    undecodable: dict[str, str] = field(default_factory=dict)
+    """Songs whose words are in order and whose audio cannot be read, and why; filled where somebody looked."""
     lost: dict[str, str] = field(default_factory=dict)
     """Those of ``failed`` that are lines of songs.jsonl: some song would be told other words in their place."""
     notes: list[str] = field(default_factory=list)

@@ -144,7 +144,7 @@ def _read_json(path: Path, text: str) -> Table:
             convert(key, metadata[key], conversion, defaults, f"{path} metadata", problems)
     if problems:
         raise UserError("; ".join(problems))
-    entries = [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples)]
+    entries = [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples, start=1)]
     return Table(path, entries, defaults, unused=_unused(entries))
 
 

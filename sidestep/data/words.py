@@ -173,7 +173,7 @@ def _line(value: Any) -> str:
 
 
 def _bpm(value: Any) -> int:
-    message = "a number of beats per minute above 0"
+    message = "a number of beats per minute from 0.5 to 9999"
     try:
         words = re.sub(r"\s*bpm$", "", str(value).strip(), flags=re.IGNORECASE)
         words = re.sub(r"^(\d+),(\d+)$", r"\1.\2", words)  # the decimal comma of many countries
