@@ -15,9 +15,19 @@ from sidestep.captioner import OpenAIConfig
 from sidestep.cli import read_arguments
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import conf_dir, read_profiles
-from sidestep.config.help import field_docs
+from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
 from sidestep.config.naming import run_name
-from sidestep.config.settings import GradientCheckpointing, PreprocessConfig, TrainConfig, VramConfig
+from sidestep.config.settings import (
+    AnalyzeConfig,
+    ExportConfig,
+    GenerateConfig,
+    GradientCheckpointing,
+    InspectConfig,
+    PreprocessConfig,
+    ReportConfig,
+    TrainConfig,
+    VramConfig,
+)
 from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
@@ -209,11 +219,22 @@ def test_schedules_have_the_documented_shape(schedule, expected):
     assert [schedule.factor(step, 8) for step in range(8)] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("command", ["train", "preprocess"])
+COMMANDS = {
+    "train": TrainConfig,
+    "preprocess": PreprocessConfig,
+    "songs": SongsConfig,
+    "analyze": AnalyzeConfig,
+    "export": ExportConfig,
+    "inspect": InspectConfig,
+    "generate": GenerateConfig,
+    "doctor": TrainConfig,
+    "report": ReportConfig,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_every_group_with_its_options_and_documents_what_matters(command):
-    page = subprocess.run(
-        [sys.executable, "-m", f"sidestep.{command}", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    page = help_page(command, COMMANDS[command])
     defaults = yaml.safe_load((conf_dir() / f"{command}.yaml").read_text(encoding="utf-8"))["defaults"]
     groups = {key: value for entry in defaults if isinstance(entry, dict) for key, value in entry.items()}
     for group in groups:
@@ -221,7 +242,7 @@ def test_help_shows_every_group_with_its_options_and_documents_what_matters(comm
             assert f"\n  {group}\n" in page
             for path in (conf_dir() / group).glob("*.yaml"):
                 assert f" {path.stem} " in page
-    assert page.count(f"\n  python -m sidestep.{command} ") == 4
+    assert page.count(f"\n  python -m sidestep.{command} ") == 1 + len(EXAMPLES[command])
     lines = page.splitlines()
     settings = lines.index("Settings that matter")
     described = [
@@ -229,7 +250,7 @@ def test_help_shows_every_group_with_its_options_and_documents_what_matters(comm
         for i in range(settings, lines.index("Examples"))
         if lines[i].startswith("  ") and not lines[i].startswith("   ")
     ]
-    assert len(described) == 10
+    assert len(described) == len(IMPORTANT.get(command, IMPORTANT["train"]))
     assert all(described)
     assert max(map(len, lines)) <= 120
 

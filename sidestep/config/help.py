@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import typing
@@ -14,6 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError
 
 from sidestep.config.gate import conf_dir
 
@@ -199,7 +201,11 @@ def _owner(key: str, root: type[Any], chosen: dict[str, str]) -> type[Any]:
 
 def _default(key: str, config: DictConfig) -> str:
     """The value a setting has when nothing is typed, or nothing where it must be typed or is null."""
-    value = None if OmegaConf.is_missing(config, key) else OmegaConf.select(config, key)
+    try:
+        value = None if OmegaConf.is_missing(config, key) else OmegaConf.select(config, key)
+    except InterpolationToMissingValueError:  # it is made of another setting, which must be typed
+        as_written = OmegaConf.to_container(config, resolve=False)
+        value = functools.reduce(dict.__getitem__, key.split("."), cast(dict[str, Any], as_written))
     if isinstance(value, ListConfig):
         value = f"[{','.join(map(str, value))}]"
     return "" if value in (None, "") else f" = {value}"
