@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from sidestep.adapters.lora import LoraConfig
+from sidestep.config.gate import compose_or_explain, to_dataclass
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
-from sidestep.training.fisher import Importance, allocate, analyze, measure
+from sidestep.training.fisher import Importance, allocate, analyze, measure, next_command
 from tests.factories import analyze_config, run_training, train_config
 
 FITTING = ("adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]")
@@ -114,6 +117,17 @@ def test_a_run_takes_the_ranks_only_where_the_file_is_named(analyzed, tmp_path, 
     saved = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
     assert str(analyzed[0]) not in (tmp_path / "run/final/adapter_model.safetensors").read_bytes().decode("latin-1")
     assert set(saved["rank_pattern"].values()) <= set(pattern.values())
+
+
+def test_the_command_it_ends_with_trains_with_the_ranks(analyzed, tmp_path):
+    path = tmp_path / "ranks, of mine.json"
+    path.write_bytes(analyzed[0].read_bytes())
+    wanted = ["rank=4", "target_modules=[q_proj,up_proj]", "checkpoint_dir=some where", "dataset_dir=data"]
+    typed = shlex.split(next_command(analyze_config(*wanted), path))
+    assert typed[:3] == ["python", "-m", "sidestep.train"]
+    config = to_dataclass(compose_or_explain("train", typed[3:]), TrainConfig)
+    assert (config.checkpoint_dir, config.model_variant.name) == ("some where", "base")
+    assert config.adapter.rank_pattern == json.loads(path.read_text())["rank_pattern"]
 
 
 @pytest.mark.parametrize(

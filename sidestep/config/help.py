@@ -110,7 +110,7 @@ EXAMPLES = {
         "python -m sidestep.songs audio_dir=songs add_tag=mystyle only='live/*'",
         "python -m sidestep.songs audio_dir=songs fill=true estimate=true write=true",
         "python -m sidestep.songs audio_dir=songs captioner=openai captioner.url=http://localhost:8000/v1 "
-        "captioner.model=my-model",
+        "captioner.model=mine",
     ),
     "generate": (
         'python -m sidestep.generate adapter_dir=outputs/first/lokr-base/final prompt="warm jazz, soft drums"',

@@ -265,12 +265,16 @@ def _write(
             draw_heatmap(table, f"{path.name}: {config.model_variant.name}", path.with_name(picture))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; type output=<another file>") from error
-    log.info(
-        "next: python -m sidestep.train adapter=lora adapter.rank=%d %s %s %s model_variant=%s",
-        config.rank,
-        shlex.quote(f"adapter.target_modules=[{','.join(config.target_modules)}]"),
-        as_typed("adapter.rank_pattern_file", str(path)),
-        as_typed("dataset_dir", config.dataset_dir),
-        config.model_variant.name,
-    )
+    log.info("next: %s", next_command(config, path))
     return path
+
+
+def next_command(config: AnalyzeConfig, path: Path) -> str:
+    """Give the command that trains with the ranks in ``path``, as it is typed."""
+    folders = {"adapter.rank_pattern_file": str(path), "dataset_dir": config.dataset_dir}
+    if config.checkpoint_dir != "checkpoints":
+        folders["checkpoint_dir"] = config.checkpoint_dir
+    modules = shlex.quote(f"adapter.target_modules=[{','.join(config.target_modules)}]")
+    typed = " ".join(as_typed(key, value) for key, value in folders.items())
+    variant = config.model_variant.name
+    return f"python -m sidestep.train adapter=lora adapter.rank={config.rank} {modules} {typed} model_variant={variant}"
