@@ -262,9 +262,11 @@ class Run:
             return None
         check_same_settings(state.settings, self.record.settings, folder)
         if state.step > self.num_steps:
+            lengths = {"max_epochs": config.max_epochs, "max_steps": config.max_steps}
+            typed = " and ".join(f"{key}={value}" for key, value in lengths.items() if value is not None)
             raise UserError(
-                f"{folder} is at step {state.step}, past the {self.num_steps} steps of max_epochs={config.max_epochs} "
-                f"and max_steps={config.max_steps}; raise them, or go back with resume_from=<an earlier checkpoint>"
+                f"{folder} is at step {state.step}, past the {self.num_steps} steps of {typed}; "
+                f"type more, or go back with resume_from=<an earlier checkpoint>"
             )
         if config.schedule.depends_on_length and state.num_steps != self.num_steps:
             log.warning(
