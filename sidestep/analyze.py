@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sidestep.cli import run_command
+from sidestep.cli import quick_imports, run_command
 from sidestep.config.settings import AnalyzeConfig
 
 
 def analyze_command(config: AnalyzeConfig) -> None:
     """Analyze, and print the path of the rank pattern."""
-    # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.training.fisher import analyze
+    with quick_imports():  # here, so that a mistyped setting is answered before torch loads
+        from sidestep.training.fisher import analyze
 
     print(analyze(config))
 

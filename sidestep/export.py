@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sidestep.cli import run_command
+from sidestep.cli import quick_imports, run_command
 from sidestep.config.settings import ExportConfig
 
 
 def export_command(config: ExportConfig) -> None:
     """Export, and print what to point a player at."""
-    # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.exporting.export import export
+    with quick_imports():  # here, so that a mistyped setting is answered before torch loads
+        from sidestep.exporting.export import export
 
     print(export(config))
 

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sidestep.acestep.kept import KeptWeights
-from sidestep.cli import run_command
+from sidestep.cli import quick_imports, run_command
 from sidestep.config.settings import TrainConfig
 
 KEPT = KeptWeights()
@@ -21,8 +21,8 @@ def train_command(config: TrainConfig) -> float:
     output_dir = Path(runtime.output_dir)
     if output_dir.is_relative_to(Path.cwd()):
         output_dir = output_dir.relative_to(Path.cwd())  # shorter to read, and to type
-    # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.training.loop import train
+    with quick_imports():  # here, so that a mistyped setting is answered before torch loads
+        from sidestep.training.loop import train
 
     if config.toy:
         from sidestep.demo import prepare_demo

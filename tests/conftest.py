@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
+gc.disable()  # until all tests are imported: it would look through all of PyTorch again and again
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on more threads, and workers share the cores
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+
+def keep_what_is_imported() -> None:
+    """Let the garbage collector pass over what is there now; each run ends with a collection, a third of its time."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    collected = yield
+    keep_what_is_imported()
+    return collected
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """A test draws the same numbers whichever tests its worker ran before."""
+    import torch  # not by the process that only hands out the tests
+
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder of a toy base checkpoint and a toy turbo checkpoint."""
     from sidestep.acestep.toy import make_toy_checkpoint
-    from tests.factories import train_config
+    from sidestep.config.gate import read_variant
 
     root = tmp_path_factory.mktemp("checkpoints")
     for variant in ("base", "turbo"):
-        make_toy_checkpoint(root, train_config(f"model_variant={variant}").model_variant)
+        make_toy_checkpoint(root, read_variant(variant))
+    keep_what_is_imported()  # the libraries of the model, which no test module imports
     return root
 
 

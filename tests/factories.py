@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
 from pathlib import Path
@@ -14,7 +16,7 @@ import sidestep.config.naming  # noqa: F401
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.adapters import AdapterConfig
 from sidestep.config.data import SongsConfig
-from sidestep.config.gate import compose_or_explain, conf_dir, to_dataclass
+from sidestep.config.gate import compose_or_explain, conf_dir, read_variant, to_dataclass
 from sidestep.config.settings import (
     AnalyzeConfig,
     ExportConfig,
@@ -61,7 +63,12 @@ def train_config(*overrides: str) -> TrainConfig:
         "vram_profile.gradient_checkpointing=none",
         "vram_profile.max_seconds=2",
     ]
-    return to_dataclass(compose_or_explain("train", [*quick, *overrides]), TrainConfig)
+    return copy.deepcopy(_composed(*quick, *overrides))
+
+
+@functools.cache  # composing takes a tenth of a second, and many tests train again with the same settings
+def _composed(*overrides: str) -> TrainConfig:
+    return to_dataclass(compose_or_explain("train", overrides), TrainConfig)
 
 
 def preprocess_config(*overrides: str) -> PreprocessConfig:
@@ -78,10 +85,14 @@ def generate_config(*overrides: str) -> GenerateConfig:
 
 def choices_of(*overrides: str) -> dict[str, str]:
     """The group options that a list of overrides chooses."""
+    groups = ("model_variant=base", *(o for o in overrides if (conf_dir() / o.partition("=")[0]).is_dir()))
+    return dict(_choices(*groups))
+
+
+@functools.cache
+def _choices(*groups: str) -> dict[str, str]:
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        config = compose(
-            "train", ["name=test", "dataset_dir=data", "model_variant=base", *overrides], return_hydra_config=True
-        )
+        config = compose("train", ["name=test", "dataset_dir=data", *groups], return_hydra_config=True)
     return dict(config.hydra.runtime.choices)
 
 
@@ -97,7 +108,7 @@ def write_dataset(
         width: of the conditions.
         variant: model variant.
     """
-    checkpoint = find_checkpoint(checkpoint_dir, train_config(f"model_variant={variant}").model_variant)
+    checkpoint = find_checkpoint(checkpoint_dir, read_variant(variant))
     generator = torch.Generator().manual_seed(3)
     (folder / "latents").mkdir(parents=True)
     (folder / "conditions").mkdir()
@@ -176,7 +187,7 @@ def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: 
         overrides: of the group ``adapter``, as they are typed.
         variant: model variant.
     """
-    model_variant = train_config(f"model_variant={variant}").model_variant
+    model_variant = read_variant(variant)
     checkpoint = find_checkpoint(checkpoint_dir, model_variant)
     transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -204,5 +215,4 @@ def write_adapter(folder: Path, checkpoint_dir: Path, *overrides: str, variant: 
 
 def adapter_config(*overrides: str) -> AdapterConfig:
     """The settings of ``adapter=...``, with values as they are typed."""
-    config = compose_or_explain("train", ["name=test", "dataset_dir=data", "model_variant=base", *overrides])
-    return to_dataclass(config, TrainConfig).adapter
+    return copy.deepcopy(_composed("name=test", "dataset_dir=data", "model_variant=base", *overrides).adapter)

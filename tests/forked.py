@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from sidestep.cli import run_command
 from sidestep.config import settings
 
@@ -80,4 +82,6 @@ def _enter(folder: Path, call: Callable[[], object], env: Mapping[str, str], out
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s", force=True)
     os.chdir(folder)
     os.environ.update(env)
+    # PyTorch makes its pool of threads anew in the first call after a fork; two threads at once may find it half-made
+    torch.set_num_threads(torch.get_num_threads())
     call()
