@@ -7,10 +7,11 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-gc.disable()  # until all tests are imported: it would look through all of PyTorch again and again
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on more threads, and workers share the cores
 
 import pytest
+
+gc.disable()  # until all tests are imported: it would look through all of PyTorch again and again
 
 
 def keep_what_is_imported() -> None:
