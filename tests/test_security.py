@@ -179,9 +179,10 @@ def refuse(*arguments, **options):
     raise OSError("this test has no network")
 
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
-from sidestep.cli import QUIET
+from sidestep.cli import QUIET, quick_imports
 os.environ.update(QUIET)
-import sidestep.inference.generation, sidestep.training.loop  # once for all commands, which takes longest
+with quick_imports():
+    import sidestep.inference.generation, sidestep.training.loop  # once for all commands, which takes longest
 for words in json.loads(sys.argv[1]):
     if (child := os.fork()) == 0:
         sys.argv = words
