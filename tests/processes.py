@@ -15,20 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "sidestep.training.loop",
-        "sidestep.data.encode",
-        "sidestep.exporting.export",
-        "sidestep.inspecting.inspect",
-        "sidestep.inference.generation",
-        "lycoris",
-        "torch.utils.tensorboard",
-        "transformers.models.qwen3.modeling_qwen3",
-        "diffusers.models.transformers.ace_step_transformer",
-        "diffusers.models.autoencoders.autoencoder_oobleck",
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class Command:
