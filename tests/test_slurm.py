@@ -25,6 +25,7 @@ from sidestep.config.settings import TrainConfig
 from sidestep.data.manifest import read_manifest
 from sidestep.reporting.runs import read_point
 from sidestep.train import train_command
+from tests.forked import Command
 from tests.test_processes import start_group
 
 pytestmark = [
@@ -89,15 +90,14 @@ def start(env: dict[str, str], folder: Path, *typed: str, command: str = "train"
     )
 
 
-def train_here(folder: Path, *typed: str, world_size: int = 1) -> None:
-    """The same command without Slurm, in copies of this process, which has imported everything."""
+def start_here(folder: Path, *typed: str, world_size: int = 1) -> list[Command]:
+    """Begin the same command without Slurm, in copies of this process, which has imported everything."""
 
     def call() -> None:
         sys.argv = ["sidestep.train", *typed]
         run_command("train", TrainConfig, train_command)
 
-    for process in start_group(folder, world_size, call):
-        assert process.finish() == 0, process.text
+    return start_group(folder, world_size, call)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -134,7 +134,7 @@ def state_of(env: dict[str, str], job: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: dict[str, str], places: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run has begun that needs longer than the two minutes that its job may take; the third test ends it."""
+    """Where a run has begun that needs longer than the two minutes that its job may take; the second test ends it."""
     folder = tmp_path_factory.mktemp("limited")
     limit = ["cluster.time_minutes=2", "cluster.signal_seconds=60", "cluster.wait=false", "max_steps=1000000"]
     limit += ["cluster.sbatch=['--nodelist=mini3']", f"cluster.python=nice -n 5 {sys.executable}"]  # others go first
@@ -146,6 +146,7 @@ def test_a_run_on_two_nodes_that_is_preempted_twice_ends_with_the_same_weights(s
     length = "max_steps=150"
     two = ["cluster.nodes=2", "cluster.partition=preempt"]
     parts = start(slurm, tmp_path / "parts", *places, *CLUSTER, *two, length)
+    whole = start_here(tmp_path / "whole", *places, length, world_size=2)
     for times in (0, 1):
         until(lambda times=times: log_of(tmp_path / "parts").count("continuing from") == times, f"start {times}")
         before = log_of(tmp_path / "parts").count("left, ")
@@ -162,9 +163,28 @@ def test_a_run_on_two_nodes_that_is_preempted_twice_ends_with_the_same_weights(s
     finish(parts)
     assert log_of(tmp_path / "parts").count("continuing from") == 2
     assert log_of(tmp_path / "parts").count("of 2 songs each") == 3
-    train_here(tmp_path / "whole", *places, length, world_size=2)
+    assert [process.finish() for process in whole] == [0, 0], whole[0].text
     torch.testing.assert_close(final_weights(tmp_path / "parts"), final_weights(tmp_path / "whole"), rtol=0, atol=0)
     assert state_of(slurm, read_point(only_run(tmp_path / "parts")).job) == "COMPLETED"
+
+
+def test_a_run_that_needs_longer_than_its_job_may_goes_on_in_a_new_one(slurm, limited, places):
+    """A real time limit: a minute before it Slurm sends the signal, the run saves, and the same job begins again."""
+    until(lambda: "going on in a new job" in log_of(limited / "parts"), "the signal before the time limit")
+    until(lambda: "continuing from" in log_of(limited / "parts"), "the second job")
+    run = only_run(limited / "parts")
+    job = read_point(run).job
+    step = json.loads((run / "run.json").read_text())["step"]
+    until(lambda: f"step {(step // 5 + 2) * 5} of" in log_of(limited / "parts"), "steps after the saved one")
+    subprocess.run(["scancel", job], env=slurm, check=True)
+    until(lambda: json.loads((run / "run.json").read_text())["status"] == "interrupted", "saved when cancelled")
+    assert "the same command goes on from here" in log_of(limited / "parts")
+    until(lambda: state_of(slurm, job) == "CANCELLED", "the end of the job")
+
+    length = f"max_steps={json.loads((run / 'run.json').read_text())['step'] + 5}"
+    for process in [start_here(limited / folder, *places, length)[0] for folder in ("parts", "whole")]:
+        assert process.finish() == 0, process.text
+    torch.testing.assert_close(final_weights(limited / "parts"), final_weights(limited / "whole"), rtol=0, atol=0)
 
 
 def test_a_bad_point_and_a_killed_one_cost_only_themselves(slurm, tmp_path, places):
@@ -196,25 +216,6 @@ def test_a_bad_point_and_a_killed_one_cost_only_themselves(slurm, tmp_path, plac
     assert text.count("is job") == 2
     for path in tmp_path.glob("outputs/s/*/point.json"):
         assert read_point(path.parent).error or read_point(path.parent) == points[path.parent.name]
-
-
-def test_a_run_that_needs_longer_than_its_job_may_goes_on_in_a_new_one(slurm, limited, places):
-    """A real time limit: a minute before it Slurm sends the signal, the run saves, and the same job begins again."""
-    until(lambda: "going on in a new job" in log_of(limited / "parts"), "the signal before the time limit")
-    until(lambda: "continuing from" in log_of(limited / "parts"), "the second job")
-    run = only_run(limited / "parts")
-    job = read_point(run).job
-    step = json.loads((run / "run.json").read_text())["step"]
-    until(lambda: f"step {(step // 5 + 2) * 5} of" in log_of(limited / "parts"), "steps after the saved one")
-    subprocess.run(["scancel", job], env=slurm, check=True)
-    until(lambda: json.loads((run / "run.json").read_text())["status"] == "interrupted", "saved when cancelled")
-    assert "the same command goes on from here" in log_of(limited / "parts")
-    until(lambda: state_of(slurm, job) == "CANCELLED", "the end of the job")
-
-    length = f"max_steps={json.loads((run / 'run.json').read_text())['step'] + 5}"
-    train_here(limited / "parts", *places, length)
-    train_here(limited / "whole", *places, length)
-    torch.testing.assert_close(final_weights(limited / "parts"), final_weights(limited / "whole"), rtol=0, atol=0)
 
 
 def test_points_are_left_in_the_queue_found_there_again_and_cancelled_by_ctrl_c(slurm, tmp_path, places):
