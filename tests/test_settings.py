@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sidestep.captioner import OpenAIConfig
-from sidestep.cli import read_arguments
+from sidestep.cli import quick_imports, read_arguments
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import conf_dir, read_profiles
 from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
@@ -135,6 +136,21 @@ def test_every_option_composes_to_a_class_of_its_own_group(group, name):
 def test_reading_settings_does_not_import_torch():
     code = "import sys, sidestep.cli, sidestep.config.settings; sys.exit(bool({'torch', 'peft'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_imports_are_not_searched_for_garbage_then_or_later_but_all_else_is(monkeypatch):
+    made = []
+    with monkeypatch.context() as first:
+        first.delitem(sys.modules, "torch")
+        with quick_imports():
+            assert not gc.isenabled()
+            made.append([])
+    assert gc.isenabled()
+    assert not any(found is made for found in gc.get_objects())
+    with quick_imports():  # as in the second point of a sweep, which leaves garbage of the first
+        assert gc.isenabled()
+        made = [made]
+    assert any(found is made for found in gc.get_objects())
 
 
 @pytest.mark.parametrize("typed", ["adapter=lorra", "+adapter.rnk=8", "adapter.rank=0 dataset_dir=x", "--nonsense"])
