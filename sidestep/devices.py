@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor, nn
 
 from sidestep.errors import UserError
 
@@ -52,3 +55,19 @@ def memory_gib(device: torch.device) -> float:
     import psutil
 
     return psutil.virtual_memory().total / 2**30
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def place(module: nn.Module, device: torch.device, *, waiting: Iterable[Tensor] = ()) -> None:
+    """Put a module on a device, but for the tensors of it that are to wait where they are.
+
+    Unlike ``module.to``, which moves everything, and replaces buffers.
+    """
+    stay = {id(tensor) for tensor in waiting}
+    for tensor in tensors_of(module):
+        if id(tensor) not in stay:
+            tensor.data = tensor.data.to(device)
