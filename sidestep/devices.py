@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterable
 
 import torch
@@ -46,6 +49,26 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Give the torch dtype of :func:`resolve_precision`."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return names[resolve_precision(precision, device)]
+
+
+def check_compiler(setting: str) -> None:
+    """Look for what torch.compile makes kernels for CUDA with, which otherwise is missed minutes later, in a step.
+
+    Args:
+        setting: what needs it, as it was typed.
+
+    Raises:
+        UserError: if Triton is missing, or the C compiler that it calls.
+    """
+    windows = os.name == "nt"
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if windows else "triton"
+        raise UserError(f"{setting} needs Triton, which is not installed: pip install {package}; or leave it out")
+    if not windows and "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        raise UserError(
+            f"{setting} needs a C compiler, and neither gcc nor clang is there; install one, or name it with "
+            f"CC=<compiler> in the environment, or leave {setting} out"
+        )
 
 
 def memory_gib(device: torch.device) -> float:
