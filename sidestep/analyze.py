@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import AnalyzeConfig
 
 
 def analyze_command(config: AnalyzeConfig) -> None:
     """Analyze, and print the path of the rank pattern."""
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.training.fisher import analyze
+    with importing():
+        from sidestep.training.fisher import analyze
 
     print(analyze(config))
 

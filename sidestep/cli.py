@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -88,6 +89,23 @@ def read_arguments() -> tuple[Namespace, list[str]]:
     options = [argument for argument in sys.argv[1:] if argument not in typed.overrides]
     sys.argv[1:] = options + typed.overrides
     return typed, unknown
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import in the block what a task needs, without looking for garbage.
+
+    PyTorch and its company are half a million objects and leave next to no garbage. To look through them again and
+    again would be a quarter of the time until the first step, and later half a second wherever memory is freed.
+    """
+    is_first = "torch" not in sys.modules  # what a task left behind must not be kept for good
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        if is_first:
+            gc.freeze()
 
 
 def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) -> None:

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from sidestep.cli import read_arguments, run_command
+from sidestep.cli import importing, read_arguments, run_command
 from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, explain, launches_sweep, to_dataclass
 from sidestep.config.naming import run_name
 from sidestep.config.settings import TrainConfig
@@ -57,7 +57,8 @@ def examine_sweep(overrides: Sequence[str]) -> None:
             "may choose, which is not an upper bound",
             times,
         )
-    from sidestep.checking.doctor import Examined  # imported here so that a mistyped setting is answered before torch
+    with importing():  # here, so that a mistyped setting is answered before torch loads
+        from sidestep.checking.doctor import Examined
 
     examined, costs = Examined(), []
     for number, point in enumerate(points, start=1):
@@ -118,7 +119,8 @@ def _examine(
     config: TrainConfig, choices: dict[str, str], overrides: Sequence[str], examined: Examined | None = None
 ) -> Cost | None:
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.checking.doctor import examine
+    with importing():
+        from sidestep.checking.doctor import examine
 
     if config.toy:
         from sidestep.demo import prepare_demo

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import ExportConfig
 
 
 def export_command(config: ExportConfig) -> None:
     """Export, and print what to point a player at."""
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.exporting.export import export
+    with importing():
+        from sidestep.exporting.export import export
 
     print(export(config))
 

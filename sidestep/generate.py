@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import GenerateConfig
 
 WORDS = ("prompt", "lyrics", "keyscale")
@@ -14,7 +14,8 @@ WORDS = ("prompt", "lyrics", "keyscale")
 def generate_command(config: GenerateConfig) -> None:
     """Generate, and print the path of each file."""
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.inference.generation import generate
+    with importing():
+        from sidestep.inference.generation import generate
 
     for file in generate(config):
         print(file)

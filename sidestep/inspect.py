@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import InspectConfig
 
 
 def inspect_command(config: InspectConfig) -> None:
     """Inspect, and print the path of the picture."""
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.inspecting.inspect import inspect_adapter
+    with importing():
+        from sidestep.inspecting.inspect import inspect_adapter
 
     plot = inspect_adapter(config)
     if plot is not None:

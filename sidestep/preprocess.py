@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import PreprocessConfig
 
 log = logging.getLogger("sidestep.preprocess")  # __main__ would not be a child of the sidestep logger
@@ -14,7 +14,8 @@ log = logging.getLogger("sidestep.preprocess")  # __main__ would not be a child 
 def preprocess_command(config: PreprocessConfig) -> None:
     """Preprocess, say what was done, and exit with 1 if a song failed."""
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.data.encode import preprocess
+    with importing():
+        from sidestep.data.encode import preprocess
 
     summary = preprocess(config)
     for line in summary.lines():

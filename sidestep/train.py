@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from sidestep.acestep.kept import KeptWeights
-from sidestep.cli import run_command
+from sidestep.cli import importing, run_command
 from sidestep.config.settings import TrainConfig
 
 KEPT = KeptWeights()
@@ -22,7 +22,8 @@ def train_command(config: TrainConfig) -> float:
     if output_dir.is_relative_to(Path.cwd()):
         output_dir = output_dir.relative_to(Path.cwd())  # shorter to read, and to type
     # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.training.loop import train
+    with importing():
+        from sidestep.training.loop import train
 
     if config.toy:
         from sidestep.demo import prepare_demo
