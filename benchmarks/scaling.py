@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -107,14 +108,17 @@ def start_up(repeats: int) -> dict[str, Any]:
                    "log_every_steps=1", "device=cpu"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(root)}
 
-        def run(name: str) -> float:
-            began = time.time()
+        def run(name: str) -> tuple[float, float]:
+            began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([*command, f"name={name}"], cwd=place, env=environment, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
             (metrics,) = Path(place, "outputs", name).glob("*/metrics.jsonl")
-            return metrics.stat().st_mtime - began
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            return metrics.stat().st_mtime - began, cpu
 
         run("first")  # makes the toy songs
-        return {"seconds": round(statistics.median(run(f"run{i}") for i in range(repeats)), 2)}
+        clock, cpu = zip(*(run(f"run{i}") for i in range(repeats)), strict=True)
+        return {"seconds": round(statistics.median(clock), 2), "cpu_seconds": round(statistics.median(cpu), 2)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,7 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
     saved = checkpoint(sizes, device, options.repeats)
     print(f"\na checkpoint of {saved['mib']} MiB is written in {saved['seconds']} s")
     started = start_up(options.repeats)
-    print(f"from the command to the first step at toy size: {started['seconds']} s")
+    print(
+        f"from the command to the first step at toy size: {started['seconds']} s; "
+        f"the whole run of one step takes {started['cpu_seconds']} s of the processor"
+    )
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread",
         "torch": torch.__version__, "load": os.getloadavg(), "steps": rows, "checkpoint": saved, "start": started,
