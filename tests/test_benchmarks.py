@@ -76,7 +76,8 @@ def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_p
     monkeypatch.setattr(scaling, "SECONDS", (10, 160))
     monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2))
     monkeypatch.setattr(scaling, "RANKS", (4, 256))
-    monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0, "cpu_seconds": 1.0})  # minutes on a busy machine
+    # the real one takes minutes on a busy machine
+    monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0, "cpu_seconds": 1.0})
     out = tmp_path / "scaling.json"
     scaling.main(["--repeats=1", "--device=cpu", f"--out={out}"])
     result = json.loads(out.read_text())
