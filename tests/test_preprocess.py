@@ -427,6 +427,14 @@ def test_changed_audio_encodes_only_that_song(config, songs, loads):
     assert after["a/one.wav"].latents != before["a/one.wav"].latents
 
 
+def test_the_silence_that_all_songs_refer_to_is_encoded_once(config, songs, monkeypatch):
+    encoded = []
+    encode_reference = encode.encode_reference
+    monkeypatch.setattr(encode, "encode_reference", lambda *args: encoded.append(args) or encode_reference(*args))
+    assert len(preprocess(config).changed) == 3
+    assert len(encoded) == 1
+
+
 def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, loads, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
