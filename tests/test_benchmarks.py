@@ -79,6 +79,7 @@ def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_p
     monkeypatch.setattr(scaling, "RANKS", (4, 256))
     # the real one takes minutes on a busy machine
     monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0, "cpu_seconds": 1.0})
+    monkeypatch.setattr(scaling, "loading", lambda sizes: {"float32": 1.0})
     out = tmp_path / "scaling.json"
     scaling.main(["--repeats=1", "--device=cpu", f"--out={out}"])
     result = json.loads(out.read_text())
