@@ -5,7 +5,7 @@
 
 Steps are those of benchmarks/step.py: forward and backward of a LoRA on attention and MLP, of which one thing is varied
 at a time, taking turns. A checkpoint is what a run writes: the adapter, AdamW's state and their hashes. The start is
-that of the command `python -m sidestep.train` on toy songs, up to its first step. Loading is that of a few layers of the
+that of the command `python -m sidestep.train` on toy songs, up to its first step. Loading is that of some layers of the
 real width on the CPU, in a process of its own.
 """
 
