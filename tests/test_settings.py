@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from sidestep.captioner import OpenAIConfig
-from sidestep.cli import read_arguments
+from sidestep.cli import importing, read_arguments
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import conf_dir, read_profiles
 from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
@@ -130,6 +131,16 @@ def test_every_option_composes_to_a_class_of_its_own_group(group, name):
     config = train_config(f"{group}={name}")
     declared = TrainConfig.__dataclass_fields__[group].type
     assert str(declared) in [cls.__name__ for cls in type(getattr(config, group)).__mro__]
+
+
+def test_garbage_is_looked_for_again_after_imports_also_after_one_that_fails():
+    torch = pytest.importorskip("torch")  # where it is imported already, nothing is kept for good
+    kept = gc.get_freeze_count()
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError(torch.__name__)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == kept
 
 
 def test_reading_settings_does_not_import_torch():
