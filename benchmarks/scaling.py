@@ -5,7 +5,8 @@
 
 Steps are those of benchmarks/step.py: forward and backward of a LoRA on attention and MLP, of which one thing is varied
 at a time, taking turns. A checkpoint is what a run writes: the adapter, AdamW's state and their hashes. The start is
-that of the command `python -m sidestep.train` on toy songs, up to its first step.
+that of the command `python -m sidestep.train` on toy songs, up to its first step. Loading is that of some layers of the
+real width on the CPU, in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,13 +31,18 @@ import torch
 from diffusers import AceStepTransformer1DModel
 
 from benchmarks.step import LORA, TARGETS, Case, MicroStep, random_weights, windowed
-from benchmarks.trainer import SMALL
+from benchmarks.trainer import FULL, SMALL
+from sidestep.acestep.toy import make_toy_checkpoint
 from sidestep.adapters.lora import LoraConfig
+from sidestep.config.gate import compose_or_explain, to_dataclass
+from sidestep.config.settings import TrainConfig
 from sidestep.training.state import TrainingState, save_checkpoint
 
 SECONDS = (30, 60, 120, 240)
 BATCH_SIZES = (1, 2, 4)
 RANKS = (16, 64, 256)
+LOADED = FULL | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+"""What is loaded: layers of the real width, but fewer."""
 USUAL = {"seconds": 60, "batch size": 1, "rank": 64}
 
 
@@ -107,14 +114,77 @@ def start_up(repeats: int) -> dict[str, Any]:
                    "log_every_steps=1", "device=cpu"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(root)}
 
-        def run(name: str) -> float:
-            began = time.time()
+        def run(name: str) -> tuple[float, float]:
+            began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([*command, f"name={name}"], cwd=place, env=environment, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
             (metrics,) = Path(place, "outputs", name).glob("*/metrics.jsonl")
-            return metrics.stat().st_mtime - began
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            return metrics.stat().st_mtime - began, cpu
 
         run("first")  # makes the toy songs
-        return {"seconds": round(statistics.median(run(f"run{i}") for i in range(repeats)), 2)}
+        clock, cpu = zip(*(run(f"run{i}") for i in range(repeats)), strict=True)
+        return {"seconds": round(statistics.median(clock), 2), "cpu_seconds": round(statistics.median(cpu), 2)}
+
+
+LOADING = """
+import resource, sys, threading
+import psutil, torch
+from pathlib import Path
+from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.config.gate import compose_or_explain, to_dataclass
+from sidestep.config.settings import TrainConfig
+from sidestep.training.offload import OffloadedBlocks
+from diffusers import AceStepTransformer1DModel
+
+place, dtype, quantization, waiting = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3], float(sys.argv[4])
+typed = [f"checkpoint_dir={place}", "dataset_dir=none", "model_variant=base", "name=loading"]
+config = to_dataclass(compose_or_explain("train", typed), TrainConfig)
+checkpoint = find_checkpoint(Path(place), config.model_variant)
+size = sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+process = psutil.Process()
+own = lambda: (memory := process.memory_info()).rss - memory.shared
+before, peak, done = own(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, own())
+watcher = threading.Thread(target=watch)
+watcher.start()
+transformer = checkpoint.load_transformer(
+    device=torch.device("cpu"), dtype=dtype, quantization=quantization, waiting_share=waiting
+)
+OffloadedBlocks(transformer.layers if waiting else [], torch.device("cpu"))
+done.set()
+watcher.join()
+weights = sum(t.nbytes for t in [*transformer.parameters(), *transformer.buffers()])
+print((max(peak, own()) - before) / weights)
+"""
+
+
+def loading(sizes: dict[str, Any]) -> dict[str, float]:
+    """Measure the memory of its own that a process needs at most while it loads a model, as a share of the weights.
+
+    Pages of the file that are mapped are not counted: the system takes them back where it needs them.
+    """
+    root = Path(__file__).resolve().parents[1]
+    kinds = {
+        "bfloat16, as in the file": ("bfloat16", "none", "0"),
+        "bfloat16, waiting in main memory": ("bfloat16", "none", "1"),
+        "float32": ("float32", "none", "0"),
+        "int8": ("bfloat16", "int8", "0"),
+    }
+    with tempfile.TemporaryDirectory() as place:
+        typed = [f"checkpoint_dir={place}", "dataset_dir=none", "model_variant=base", "name=loading"]
+        variant = to_dataclass(compose_or_explain("train", typed), TrainConfig).model_variant
+        make_toy_checkpoint(Path(place), variant, sizes=sizes)
+        shares = {}
+        for kind, words in kinds.items():
+            command = [sys.executable, "-c", LOADING, place, *words]
+            environment = os.environ | {"PYTHONPATH": str(root)}
+            told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            shares[kind] = round(float(told.stdout), 2)
+    return shares
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -138,10 +208,16 @@ def main(arguments: list[str] | None = None) -> None:
     saved = checkpoint(sizes, device, options.repeats)
     print(f"\na checkpoint of {saved['mib']} MiB is written in {saved['seconds']} s")
     started = start_up(options.repeats)
-    print(f"from the command to the first step at toy size: {started['seconds']} s")
+    print(
+        f"from the command to the first step at toy size: {started['seconds']} s; "
+        f"the whole run of one step takes {started['cpu_seconds']} s of the processor"
+    )
+    loads = loading(LOADED)
+    print("most memory while loading, as a share of the weights: " + "; ".join(f"{k} {v}" for k, v in loads.items()))
     result = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread",
         "torch": torch.__version__, "load": os.getloadavg(), "steps": rows, "checkpoint": saved, "start": started,
+        "loading": loads,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -12,4 +12,4 @@ $PYTHON benchmarks/step.py --cases toy block full --out "$OUT/step.json" 2>&1 | 
 $PYTHON benchmarks/trainer.py --full --seconds 60 --out "$OUT/trainer.json" 2>&1 | tee "$OUT/trainer.txt"
 $PYTHON benchmarks/vram.py --out "$OUT/vram.json" 2>&1 | tee "$OUT/vram.txt"
 $PYTHON benchmarks/scaling.py --full --out "$OUT/scaling.json" 2>&1 | tee "$OUT/scaling.txt"
-$PYTHON benchmarks/preprocess.py --real-vae --out "$OUT/preprocess.json" 2>&1 | tee "$OUT/preprocess.txt"
+$PYTHON benchmarks/preprocess.py --real-vae --real-words --out "$OUT/preprocess.json" 2>&1 | tee "$OUT/preprocess.txt"

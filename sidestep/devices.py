@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor, nn
 
 from sidestep.errors import UserError
 
@@ -45,6 +51,26 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     return names[resolve_precision(precision, device)]
 
 
+def check_compiler(setting: str) -> None:
+    """Look for what torch.compile makes kernels for CUDA with, which otherwise is missed minutes later, in a step.
+
+    Args:
+        setting: what needs it, as it was typed.
+
+    Raises:
+        UserError: if Triton is missing, or the C compiler that it calls.
+    """
+    windows = os.name == "nt"
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if windows else "triton"
+        raise UserError(f"{setting} needs Triton, which is not installed: pip install {package}; or leave it out")
+    if not windows and "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        raise UserError(
+            f"{setting} needs a C compiler, and neither gcc nor clang is there; install one, or name it with "
+            f"CC=<compiler> in the environment, or leave {setting} out"
+        )
+
+
 def memory_gib(device: torch.device) -> float:
     """Memory that ``vram_profile=auto`` may plan with: the card's, or the machine's for a CPU."""
     if device.type == "cuda":
@@ -52,3 +78,19 @@ def memory_gib(device: torch.device) -> float:
     import psutil
 
     return psutil.virtual_memory().total / 2**30
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def place(module: nn.Module, device: torch.device, *, waiting: Iterable[Tensor] = ()) -> None:
+    """Put a module on a device, but for the tensors of it that are to wait where they are.
+
+    Unlike ``module.to``, which moves everything, and replaces buffers.
+    """
+    stay = {id(tensor) for tensor in waiting}
+    for tensor in tensors_of(module):
+        if id(tensor) not in stay:
+            tensor.data = tensor.data.to(device)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from sidestep.cli import run_command
+from sidestep.cli import quick_imports, run_command
 from sidestep.config.data import SongsConfig
 
 
 def songs_command(config: SongsConfig) -> None:
     """List, and exit with 1 if a song or its words cannot be used, or there is no answer about it."""
-    # imported here so that a mistyped setting is answered before torch loads
-    from sidestep.data.listing import list_songs
+    with quick_imports():  # here, so that a mistyped setting is answered before torch loads
+        from sidestep.data.listing import list_songs
 
     listing = list_songs(config)
     if listing.failed or listing.undecodable or listing.unanswered:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sidestep.acestep import attention
 from sidestep.acestep.attention import WindowedAttention
 from tests.golden import golden_case, golden_transformer
 
@@ -117,6 +118,28 @@ def test_flex_attention_gives_what_blocks_give(lengths):
     real = slice(None) if frame_mask is None else frame_mask
     assert outputs[1].isfinite().all()
     torch.testing.assert_close(outputs[0][real], outputs[1][real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_flex_attention_describes_a_band_once_for_each_length(monkeypatch):
+    described = []
+    describe = attention.create_block_mask
+    monkeypatch.setattr(
+        attention, "create_block_mask", lambda *args, **options: described.append(args[3]) or describe(*args, **options)
+    )
+    attention._plain_band.cache_clear()
+    transformer = golden_transformer()
+    flex = WindowedAttention(transformer, flex=True)
+    for num_tokens in (41, 64, 41):
+        flex.set_padding(None, None)
+        forward(transformer, random_inputs(num_tokens))
+    assert described == [41, 64]
+    frame_mask = torch.arange(82) < 2 * torch.tensor([41, 20])[:, None]
+    for _ in range(2):  # what is padded may differ from batch to batch
+        flex.set_padding(frame_mask, None)
+        forward(transformer, random_inputs(41, 2))
+    assert described == [41, 64, 41, 41]
 
 
 def test_without_masks_padding_changes_the_result():

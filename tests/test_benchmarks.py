@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from benchmarks import loader, preprocess, scaling, step, trainer
@@ -76,7 +77,9 @@ def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_p
     monkeypatch.setattr(scaling, "SECONDS", (10, 160))
     monkeypatch.setattr(scaling, "BATCH_SIZES", (1, 2))
     monkeypatch.setattr(scaling, "RANKS", (4, 256))
-    monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0})  # minutes on a busy machine
+    # the real one takes minutes on a busy machine
+    monkeypatch.setattr(scaling, "start_up", lambda repeats: {"seconds": 1.0, "cpu_seconds": 1.0})
+    monkeypatch.setattr(scaling, "loading", lambda sizes: {"float32": 1.0})
     out = tmp_path / "scaling.json"
     scaling.main(["--repeats=1", "--device=cpu", f"--out={out}"])
     result = json.loads(out.read_text())
@@ -86,6 +89,14 @@ def test_growth_with_length_batch_rank_and_the_start_of_a_run_are_measured(tmp_p
     assert kept["rank", 256] > kept["rank", 4]
     assert result["checkpoint"]["mib"] > 0
     assert f"| seconds | 160 | {result['steps'][1]['seconds_per_step']:.3f} |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_each_part_of_a_condition_is_measured():
+    with torch.no_grad():
+        row = preprocess.real_words(torch.device("cpu"), layers=1)
+    assert min(row[key] for key in ("captions_one_by_one", "captions_together", "lyrics", "reference")) > 0
+    assert row["largest_difference"] < 1e-4
 
 
 def test_preprocessing_is_measured_again_with_other_captions(tmp_path, monkeypatch):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AceStepTransformer1DModel
 
+from sidestep.acestep import checkpoint
 from sidestep.acestep.attention import WindowedAttention
+from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.quantization import quantize_linears
 from sidestep.adapters.lokr import LokrConfig
 from sidestep.adapters.lora import DoraConfig, LoraConfig
 from sidestep.adapters.oft import OftConfig
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import GradientCheckpointing
+from sidestep.devices import place, tensors_of
 from sidestep.errors import UserError
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.offload import OffloadedBlocks, first_blocks
@@ -150,7 +155,6 @@ def test_training_is_the_same_while_frozen_weights_wait_in_main_memory(adapter, 
 def test_no_more_than_two_blocks_are_on_the_device_at_once():
     transformer = small_transformer()
     blocks = list(transformer.layers)
-    in_memory = [block.self_attn.to_q.weight.detach().clone() for block in blocks]
     offloaded = OffloadedBlocks(blocks, torch.device("cpu"))
     buffers = {buffer.untyped_storage().data_ptr() for buffer in offloaded._buffers}
     assert len(buffers) == 2
@@ -167,11 +171,46 @@ def test_no_more_than_two_blocks_are_on_the_device_at_once():
             torch.randn(1, 80, 128), return_dict=False,
         )  # fmt: skip
     assert seen == [[other is block for other in blocks] for block in blocks]
-    offloaded.remove()
-    assert all(
-        torch.equal(block.self_attn.to_q.weight, weight) for block, weight in zip(blocks, in_memory, strict=True)
+
+
+def test_no_room_in_main_memory_names_the_setting(monkeypatch):
+    blocks = small_transformer().layers
+
+    def full(*size, **kwargs):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"no 1 MiB of main memory .*smaller vram_profile\.offloaded_share") as error:
+        OffloadedBlocks(blocks, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_wait_are_never_read_onto_the_device(checkpoint_dir, monkeypatch):
+    """Here "meta" is the device: what is read there has no values, and cannot come back from it."""
+    read = checkpoint.open_safetensors
+
+    @contextmanager
+    def reading(path, device="cpu"):
+        with read(path) as file:
+            yield SimpleNamespace(get_tensor=lambda key: file.get_tensor(key).to(device))
+
+    monkeypatch.setattr(checkpoint, "open_safetensors", reading)
+    transformer = find_checkpoint(checkpoint_dir, train_config().model_variant).load_transformer(
+        device=torch.device("meta"), dtype=torch.bfloat16, waiting_share=0.5
     )
-    assert not any("forward" in vars(block) for block in blocks)
+    waiting = [name for name, tensor in transformer.state_dict().items() if tensor.device.type == "cpu"]
+    half = len(transformer.layers) // 2
+    assert set(waiting) == {f"layers.{n}.{name}" for n in range(half) for name in transformer.layers[n].state_dict()}
+
+
+def test_what_waits_is_not_placed_with_the_rest():
+    transformer = small_transformer("int8")
+    buffer = transformer.layers[2].self_attn.to_q.packed
+    place(transformer, torch.device("cpu"))
+    assert transformer.layers[2].self_attn.to_q.packed is buffer
+    place(transformer, torch.device("meta"), waiting=tensors_of(transformer))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):  # "meta" takes no values
+        place(transformer, torch.device("meta"), waiting=tensors_of(transformer.layers))
 
 
 def test_weights_that_wait_in_main_memory_must_be_asked_for_again():

@@ -68,27 +68,29 @@ def test_a_long_prompt_is_cut_and_the_cut_is_counted(tokenizer, expected):
     assert torch.equal(ids[:, :18], whole[:, :18])
 
 
-def test_captions_pass_the_text_encoder_and_lyrics_only_its_embeddings(text_encoder, expected):
+def test_captions_pass_the_text_encoder_and_lyrics_only_its_embeddings(text_encoder, condition_encoder, expected):
     seen = {}
-
-    class Recorder(torch.nn.Module):
-        text_projector = torch.nn.Linear(1, 1)
-
-        def forward(self, **inputs):
-            seen.update(inputs)
-            return torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
-
+    parts = ("text_projector", "lyric_encoder", "timbre_encoder")
+    hooks = [
+        getattr(condition_encoder, part).register_forward_pre_hook(
+            lambda module, args, kwargs, part=part: seen.update({part: [*args, *kwargs.values()]}), with_kwargs=True
+        )
+        for part in parts
+    ]
     encode_condition(
         expected["infer_text_ids"],
         expected["infer_lyric_ids"],
         text_encoder=text_encoder,
-        condition_encoder=Recorder(),
+        condition_encoder=condition_encoder,
         silence=torch.zeros(1000, 64),
     )
-    torch.testing.assert_close(seen["text_hidden_states"], expected["infer_text_hidden"], rtol=0, atol=1e-5)
-    assert torch.equal(seen["lyric_hidden_states"], expected["infer_lyric_hidden"])
-    assert seen["refer_audio_acoustic_hidden_states_packed"].shape == (1, 750, 64)
-    assert seen["text_attention_mask"].dtype is torch.bool
+    for hook in hooks:
+        hook.remove()
+    (text,), (lyrics, mask), (reference, _) = (seen[part] for part in parts)
+    torch.testing.assert_close(text, expected["infer_text_hidden"], rtol=0, atol=1e-5)
+    assert torch.equal(lyrics, expected["infer_lyric_hidden"])
+    assert mask.dtype is torch.bool
+    assert reference.shape == (1, 750, 64)
 
 
 def test_the_condition_is_that_of_inference(text_encoder, condition_encoder, silence, expected):

@@ -33,6 +33,7 @@ LAYERS = [
         "acestep.variants",
         "training.flow",
         "training.optim",
+        "training.paged",
         "training.schedules",
         "training.trackers",
         "acestep",

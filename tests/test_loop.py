@@ -12,7 +12,9 @@ from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.data.dataset import SongDataset
 from sidestep.errors import UserError
 from sidestep.seeds import derive_seed
+from sidestep.training.run import Run
 from sidestep.training.state import load_checkpoint
+from sidestep.training.validation import Validation
 from tests.factories import run_training, train_config, write_dataset
 from tests.test_train import assert_same_weights
 
@@ -129,15 +131,37 @@ def test_a_finished_run_frees_its_model_and_before_it_is_checked_its_optimizer(
 
 
 def test_a_run_whose_frozen_weights_wait_in_main_memory_trains_and_evaluates_the_same(
-    tmp_path, checkpoint_dir, dataset_dir
+    tmp_path, checkpoint_dir, dataset_dir, monkeypatch
 ):
+    """And from its first evaluation to the trial of the saved adapter nothing brings them all to the device."""
     settings = (
         "adapter=lora", f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "max_epochs=2",
         "validation.fraction=0.3", "vram_profile.gradient_checkpointing=full",
     )  # fmt: skip
     plain = run_training(tmp_path / "plain", *settings)
+    seen = []
+
+    def looking(method):
+        def look(self, *args):
+            transformer = next(arg for arg in args if hasattr(arg, "time_embed"))
+            frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in transformer.layers]
+            seen.append({len({p.untyped_storage().data_ptr() for p in layer}) for layer in frozen})
+            return method(self, *args)
+
+        return look
+
+    def moving(module, *where, **options):
+        assert not hasattr(module, "time_embed"), f"the whole transformer is moved to {where}"
+        return move(module, *where, **options)
+
+    move = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", moving)
+    for name in ("_measure_base", "evaluate", "conclude"):
+        monkeypatch.setattr(Validation, name, looking(getattr(Validation, name)))
+    monkeypatch.setattr(Run, "finish", looking(Run.finish))
     waiting = run_training(tmp_path / "waiting", *settings, "vram_profile.offloaded_share=1")
     assert waiting == plain
+    assert seen == [{1}] * 4  # a layer that waits is one piece of main memory
     assert_same_weights(tmp_path / "plain/final", tmp_path / "waiting/final")
 
 

@@ -57,6 +57,35 @@ def test_adamw8bit_keeps_a_quarter_of_the_state():
     assert state_bytes("adamw8bit") < 0.27 * state_bytes("adamw")
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_running_means_are_in_pages_again_after_a_checkpoint(monkeypatch):
+    """There are no pages on a CPU; what counts is that bitsandbytes makes the room, as it does for a new run."""
+    from sidestep.training.paged import PagedAdamW8bit
+
+    made = []
+    make = PagedAdamW8bit.get_state_buffer
+    monkeypatch.setattr(
+        PagedAdamW8bit, "get_state_buffer", lambda *args, **options: made.append(make(*args, **options)) or made[-1]
+    )
+
+    def stepped(optimizer, weight):
+        for step in range(3):
+            weight.grad = torch.linspace(-1, step + 1, weight.numel()).view_as(weight)
+            optimizer.step()
+
+    first, second = (torch.nn.Parameter(torch.ones(256, 256)) for _ in range(2))
+    whole, parts = PagedAdamW8bit([first]), PagedAdamW8bit([second])
+    stepped(whole, first)
+    made.clear()
+    parts.load_state_dict(whole.state_dict())
+    state = parts.state[second]
+    assert [id(state[key]) for key in ("state1", "state2")] == [id(buffer) for buffer in made]
+    second.data.copy_(first)
+    stepped(whole, first)
+    stepped(parts, second)
+    assert torch.equal(first, second)
+
+
 def test_prodigy_logs_the_learning_rate_it_found(tmp_path, checkpoint_dir, dataset_dir):
     run_training(
         tmp_path / "run",

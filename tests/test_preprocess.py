@@ -427,12 +427,20 @@ def test_changed_audio_encodes_only_that_song(config, songs, loads):
     assert after["a/one.wav"].latents != before["a/one.wav"].latents
 
 
+def test_the_silence_that_all_songs_refer_to_is_encoded_once(config, songs, monkeypatch):
+    encoded = []
+    encode_reference = encode.encode_reference
+    monkeypatch.setattr(encode, "encode_reference", lambda *args: encoded.append(args) or encode_reference(*args))
+    assert len(preprocess(config).changed) == 3
+    assert len(encoded) == 1
+
+
 def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, loads, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(encode, "encode_condition", fail)
+        stopped.setattr(encode, "encode_text", fail)
         with pytest.raises(KeyboardInterrupt):
             preprocess(config)
     files = {path.name for path in Path(config.dataset_dir).rglob("*") if path.is_file()} - {".lock", encode.HASHES}
@@ -594,8 +602,8 @@ def test_nothing_is_encoded_while_a_name_in_songs_jsonl_is_mistyped(config, song
 
 
 def test_a_song_whose_condition_is_not_finite_is_named_and_the_rest_go_on(config, songs, monkeypatch):
-    conditions = iter([torch.full((3, 64), torch.nan)])
-    monkeypatch.setattr(encode, "encode_condition", lambda *args, **kw: next(conditions, torch.ones(3, 64)))
+    texts = iter([torch.full((3, 64), torch.nan)])
+    monkeypatch.setattr(encode, "encode_text", lambda *args, **kw: next(texts, torch.ones(3, 64)))
     summary = preprocess(config)
     assert list(summary.failed) == ["03 - three.wav"]
     assert list(read(config)[1]) == ["a/one.wav", "b/two.flac"]

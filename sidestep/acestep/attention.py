@@ -14,7 +14,7 @@ w window, n blocks of w tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class WindowedAttention:
         self._patch_mask: Tensor | None = None
         self._condition_mask: Tensor | None = None
         self._masks: dict[Any, Tensor | None] = {}
-        self._bands: dict[Any, BlockMask] = {}
+        self._padded_band: BlockMask | None = None
         transformer.set_attn_processor(self)
 
     def set_padding(self, frame_mask: Tensor | None, condition_mask: Tensor | None) -> None:
@@ -58,7 +58,7 @@ class WindowedAttention:
         """
         self._patch_mask = None if frame_mask is None else frame_mask[:, :: self._transformer.patch_size]
         self._condition_mask = condition_mask
-        self._masks, self._bands = {}, {}
+        self._masks, self._padded_band = {}, None
 
     def remove(self) -> None:
         """Give the layers back to diffusers' processors."""
@@ -122,13 +122,15 @@ class WindowedAttention:
 
     def _flex(self, attn: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute the band by FlexAttention; from (B, S, H, D) to the same."""
-        kind = (*key.shape[:2], key.device)
+        batch_size, length, window, real = *key.shape[:2], attn.sliding_window, self._patch_mask
         if torch.compiler.is_compiling():
-            band = _band(key, attn.sliding_window, self._patch_mask)
-        elif kind in self._bands:
-            band = self._bands[kind]
-        else:
-            band = self._bands[kind] = _band(key, attn.sliding_window, self._patch_mask)
+            band = _band(batch_size, length, window, key.device, real)
+        elif real is None:
+            band = _plain_band(length, window, key.device)
+        else:  # the same for all layers, since a model has one window
+            if self._padded_band is None:
+                self._padded_band = _band(batch_size, length, window, key.device, real)
+            band = self._padded_band
         output: Tensor = _compiled_flex_attention(key.device.type)(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -171,20 +173,25 @@ def _compiled_flex_attention(device_type: str) -> Callable[..., Any]:
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention  # type: ignore[return-value]
 
 
-def _band(key: Tensor, window: int, real: Tensor | None) -> BlockMask:
-    """Describe to FlexAttention which keys (B, S, H, D) each query sees; arguments as of :func:`_seen`."""
-    batch_size, length = key.shape[:2]
+@lru_cache(maxsize=64)  # of lengths; a band of 3,000 tokens takes some KB
+def _plain_band(length: int, window: int, device: torch.device) -> BlockMask:
+    """Describe a batch without padding to FlexAttention; the same for every batch of that length."""
+    return _band(1, length, window, device, None)
+
+
+def _band(batch_size: int, length: int, window: int, device: torch.device, real: Tensor | None) -> BlockMask:
+    """Describe to FlexAttention which keys (B, S, H, D) each query sees; ``real`` as of :func:`_seen`."""
 
     def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q - k).abs() <= window
 
     if real is None:
-        return create_block_mask(near, None, None, length, length, device=key.device)
+        return create_block_mask(near, None, None, length, length, device=device)
 
     def near_and_real(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return near(b, h, q, k) & real[b, k]
 
-    return create_block_mask(near_and_real, batch_size, None, length, length, device=key.device)
+    return create_block_mask(near_and_real, batch_size, None, length, length, device=device)
 
 
 def _seen(key: Tensor, window: int | None, real: Tensor | None) -> Tensor | None:

@@ -40,6 +40,7 @@ from sidestep.acestep.weight_files import (
     read_json,
     sample_values,
 )
+from sidestep.devices import place, tensors_of
 from sidestep.errors import UserError
 from sidestep.files import describe
 
@@ -82,6 +83,7 @@ class Checkpoint:
         dtype: torch.dtype,
         quantization: str = "none",
         kept: KeptWeights | None = None,
+        waiting_share: float = 0.0,
     ) -> AceStepTransformer1DModel:
         """Load the DiT, frozen and in eval mode.
 
@@ -90,6 +92,7 @@ class Checkpoint:
             dtype: of the weights, and of what is computed.
             quantization: how the linear layers of its blocks are stored: none, int8 or nf4.
             kept: where its weights may be already, and otherwise stay for the next who asks; not those quantised.
+            waiting_share: share of its blocks, the first ones, whose weights never reach the device, but main memory.
 
         Raises:
             UserError: if a file is missing or damaged, or its weights do not fit the model.
@@ -101,14 +104,20 @@ class Checkpoint:
         with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
         keep_less(transformer)
+        num_waiting = round(waiting_share * self.config.num_hidden_layers)
         if quantization == "none":
-            self._fill("transformer", transformer, device, dtype, kept)
+            waiting = tuple(f"layers.{number}." for number in range(num_waiting))
+            self._fill("transformer", transformer, device, dtype, kept, waiting)
             return transformer
         if kept is not None:
             kept.drop()
         self._fill("transformer", transformer, torch.device("cpu"), dtype)  # mapped, so that memory holds one at a time
-        quantize_linears(transformer.layers, quantization, device)
-        return transformer.to(device)
+        for number, layer in enumerate(transformer.layers):
+            quantize_linears(layer, quantization, device)  # those that wait too, so that they are the same numbers
+            if number < num_waiting:
+                layer.to("cpu")
+        place(transformer, device, waiting=tensors_of(transformer.layers[:num_waiting]))
+        return transformer
 
     def load_condition_encoder(self, *, device: torch.device, dtype: torch.dtype) -> AceStepConditionEncoder:
         """Load the encoder of text, lyrics and timbre, with the silence latent its pipeline expects.
@@ -279,18 +288,26 @@ class Checkpoint:
         return original_key(part, name) if part in ("transformer", "condition_encoder") else name
 
     def _fill(
-        self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype, kept: KeptWeights | None = None
+        self,
+        part: str,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        kept: KeptWeights | None = None,
+        waiting: tuple[str, ...] = (),
     ) -> None:
-        """Give a model built on the meta device its weights."""
+        """Give a model built on the meta device its weights, those named ``waiting``... in main memory."""
         if kept is None:
-            weights = self._read(part, model, device, dtype)
+            weights = self._read(part, model, device, dtype, waiting)
         else:
-            key = (self.folder, part, self.fingerprint(part), device, dtype)
-            weights = kept.get(key, lambda: self._read(part, model, device, dtype))
+            key = (self.folder, part, self.fingerprint(part), device, dtype, waiting)
+            weights = kept.get(key, lambda: self._read(part, model, device, dtype, waiting))
         model.load_state_dict(weights, strict=False, assign=True)  # every name was checked in reading
         model.requires_grad_(False).eval()
 
-    def _read(self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _read(
+        self, part: str, model: nn.Module, device: torch.device, dtype: torch.dtype, waiting: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         """Read the weights that a model built on the meta device wants, one tensor at a time."""
         weights = self.locate_weights(part)
         wanted = model.state_dict()
@@ -303,10 +320,14 @@ class Checkpoint:
                 key = name if self.in_diffusers_layout else self._name_in_file(part, name)
                 raise UserError(f"{self._part_folder(part)} lacks the weight {key}; download it again")
         filled = {}
-        for path in sorted({path for path, _ in weights.values()}):
-            with open_safetensors(path, device) as file:
-                for name, (at, key) in weights.items():
-                    if at == path:
+        sources = {
+            name: (path, "cpu" if name.startswith(waiting) else str(device)) for name, (path, _) in weights.items()
+        }
+        for source in sorted(set(sources.values())):
+            path = source[0]
+            with open_safetensors(*source) as file:
+                for name, (_, key) in weights.items():
+                    if sources[name] == source:
                         tensor = file.get_tensor(key)
                         if tensor.shape != wanted[name].shape:
                             raise UserError(

@@ -60,23 +60,32 @@ def encode_condition(
     Returns:
         The condition, (L, D), in the condition encoder's dtype and on its device.
     """
+    lyrics = encode_lyrics(lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder)
+    reference = encode_reference(silence, condition_encoder)
+    text = encode_text(text_ids, text_encoder=text_encoder, condition_encoder=condition_encoder)
+    return torch.cat([lyrics, reference, text])
+
+
+@torch.no_grad()
+def encode_text(ids: Tensor, *, text_encoder: Any, condition_encoder: Any) -> Tensor:
+    """Encode the caption's part of a condition, which depends on nothing else; (1, N) to (N, D)."""
+    hidden = text_encoder(input_ids=ids.to(text_encoder.device)).last_hidden_state
+    text: Tensor = condition_encoder.text_projector(hidden.to(condition_encoder.text_projector.weight))
+    return text[0]
+
+
+@torch.no_grad()
+def encode_lyrics(ids: Tensor, *, text_encoder: Any, condition_encoder: Any) -> Tensor:
+    """Encode the lyrics' part of a condition, which depends on nothing else; (1, N) to (N, D)."""
     weight = condition_encoder.text_projector.weight
-    text = text_encoder(input_ids=text_ids.to(text_encoder.device)).last_hidden_state
-    lyrics = text_encoder.get_input_embeddings()(lyric_ids.to(text_encoder.device))
-    condition, mask = condition_encoder(
-        text_hidden_states=text.to(weight),
-        text_attention_mask=_all_valid(text_ids, weight),
-        lyric_hidden_states=lyrics.to(weight),
-        lyric_attention_mask=_all_valid(lyric_ids, weight),
-        refer_audio_acoustic_hidden_states_packed=silence[None, :REFERENCE_FRAMES].to(weight),
-        refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=weight.device),
-    )
-    return condition[mask]
+    embedded = text_encoder.get_input_embeddings()(ids.to(text_encoder.device)).to(weight)
+    lyrics: Tensor = condition_encoder.lyric_encoder(inputs_embeds=embedded, attention_mask=_all_valid(ids, weight))
+    return lyrics[0]
 
 
 @torch.no_grad()
 def encode_reference(latents: Tensor, condition_encoder: Any) -> Tensor:
-    """Encode reference audio alone; its token does not depend on the texts beside it.
+    """Encode the reference audio's part of a condition, which depends on nothing else.
 
     Args:
         latents: whose first 30 seconds are the reference audio, (S, 64).
@@ -86,18 +95,10 @@ def encode_reference(latents: Tensor, condition_encoder: Any) -> Tensor:
         Its token, (1, D).
     """
     weight = condition_encoder.text_projector.weight
-    width = weight.shape[1]
-    nothing = torch.zeros(1, 1, width).to(weight)
-    valid = torch.ones(1, 1, dtype=torch.bool, device=weight.device)
-    condition, _ = condition_encoder(
-        text_hidden_states=nothing,
-        text_attention_mask=valid,
-        lyric_hidden_states=nothing,
-        lyric_attention_mask=valid,
-        refer_audio_acoustic_hidden_states_packed=latents[None, :REFERENCE_FRAMES].to(weight),
-        refer_audio_order_mask=torch.zeros(1, dtype=torch.long, device=weight.device),
-    )
-    return condition[0, 1:2]  # between the lyrics and the text
+    of_first_song = torch.zeros(1, dtype=torch.long, device=weight.device)
+    tokens, _ = condition_encoder.timbre_encoder(latents[None, :REFERENCE_FRAMES].to(weight), of_first_song)
+    token: Tensor = tokens[0]
+    return token
 
 
 def _all_valid(ids: Tensor, like: Tensor) -> Tensor:

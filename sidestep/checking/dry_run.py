@@ -20,6 +20,7 @@ from sidestep.acestep.kept import KeptWeights
 from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import Batch, collate
 from sidestep.data.sampler import FRAMES_PER_SECOND, PATCH_FRAMES, window_frames
+from sidestep.devices import place, tensors_of
 from sidestep.errors import UserError
 from sidestep.inference.pipeline import Request
 from sidestep.inference.previews import render
@@ -124,18 +125,22 @@ def _measure(run: Run, kept: KeptWeights | None, rendering: PreviewTimes | None)
         kept.drop()  # as the run will
         kept = None
     transformer = run.checkpoint.load_transformer(
-        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
+        device=device,
+        dtype=run.dtype,
+        quantization=memory.base_quantization,
+        kept=kept,
+        waiting_share=memory.offloaded_share,
     )
+    offloaded = OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
-    waiting = [t for block in first_blocks(transformer, memory.offloaded_share) for t in _tensors(block)]
-    weights = _gib(_tensors(transformer)) - _gib(waiting)
+    weights = _gib(tensors_of(transformer)) - _gib(offloaded.tensors)
     adapter = config.adapter.attach(transformer)
+    place(transformer, device, waiting=offloaded.tensors)
     parameters = list(adapter.parameters())
     attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
     if config.compile:
         compile_blocks(transformer, device)
-    model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
-    OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
+    model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters), device_placement=[False, True])
     forward = run.forward(model, attention, device)
     batch = longest_micro_batch(run).to(device)
     model.train()
@@ -235,11 +240,6 @@ def _seconds_since(began: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic() - began
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """All weights; those that are stored in 8 or 4 bits are buffers."""
-    return [*module.parameters(), *module.buffers()]
 
 
 def _gib(tensors: object) -> float:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -33,7 +32,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import sidestep
 from sidestep.acestep.checkpoint import Checkpoint, find_checkpoint
-from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_condition, encode_reference, tokenize
+from sidestep.acestep.conditioning import REFERENCE_FRAMES, encode_lyrics, encode_reference, encode_text, tokenize
 from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_tag, caption_prompt, lyrics_prompt
 from sidestep.config.typed import as_typed
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_hashed
@@ -572,6 +571,7 @@ def _encode_prompts(
         return
     tokenizer, text_encoder = checkpoint.load_text_encoder(device=device, dtype=dtype)
     condition_encoder = checkpoint.load_condition_encoder(device=device, dtype=dtype)
+    reference_token = encode_reference(reference, condition_encoder)
     for name in _with_progress(todo, "encoding words"):
         cuts: dict[str, int] = {}
 
@@ -585,15 +585,10 @@ def _encode_prompts(
         lyrics = {
             key: ids(key, text, MAX_LYRIC_TOKENS) for key, text in prompts[name].lyrics.items() if same[key] == key
         }
-        parts: dict[str, Tensor] = {}
-        # lyrics, reference and text do not see each other, so that any pair will do
-        for (text, text_ids), (lyric, lyric_ids) in _pairs(texts, lyrics):
-            condition = encode_condition(
-                text_ids, lyric_ids, text_encoder=text_encoder, condition_encoder=condition_encoder, silence=reference
-            )
-            num_lyrics = lyric_ids.shape[1]
-            parts[lyric], parts["reference"] = condition[:num_lyrics], condition[num_lyrics : num_lyrics + 1]
-            parts[text] = condition[num_lyrics + 1 :]
+        encoders = {"text_encoder": text_encoder, "condition_encoder": condition_encoder}
+        parts = {key: encode_text(tokens, **encoders) for key, tokens in texts.items()}
+        parts |= {key: encode_lyrics(tokens, **encoders) for key, tokens in lyrics.items()}
+        parts["reference"] = reference_token
         parts |= {key: parts[first].clone() for key, first in same.items() if key != first}
         if name in imitated:
             latents = load_file(imitated[name])["latents"]
@@ -617,13 +612,6 @@ def _first_keys(prompts: Mapping[str, str]) -> dict[str, str]:
     """Key -> the first key that has the same prompt, which need not be encoded twice."""
     first: dict[str, str] = {}
     return {key: first.setdefault(prompt, key) for key, prompt in prompts.items()}
-
-
-def _pairs(texts: dict[str, Tensor], lyrics: dict[str, Tensor]) -> Iterator[Any]:
-    """Pair every text with lyrics; the first of the shorter list comes again."""
-    first = next(iter(texts.items())), next(iter(lyrics.items()))
-    for text, lyric in itertools.zip_longest(texts.items(), lyrics.items()):
-        yield text or first[0], lyric or first[1]
 
 
 # the dataset

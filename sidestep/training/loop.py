@@ -25,6 +25,7 @@ from sidestep.acestep.quantization import QuantizedLinear
 from sidestep.adapters import Adapter
 from sidestep.config.settings import AttentionKernel, TrainConfig
 from sidestep.data.loader import read_batches
+from sidestep.devices import place
 from sidestep.errors import UserError
 from sidestep.files import alone_in, remove_abandoned
 from sidestep.processes import Agreement, check_together, failing_together, rank, share_only_trained
@@ -119,8 +120,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             previews.render_base()
         agreement.wait()
     transformer = run.checkpoint.load_transformer(
-        device=device, dtype=run.dtype, quantization=memory.base_quantization, kept=kept
+        device=device,
+        dtype=run.dtype,
+        quantization=memory.base_quantization,
+        kept=kept,
+        waiting_share=memory.offloaded_share,
     )
+    offloaded = OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
     enable_gradient_checkpointing(transformer, memory.gradient_checkpointing, memory.checkpointed_share)
     attention = WindowedAttention(transformer, flex=config.attention_kernel is AttentionKernel.flex)
     validation = Validation(run, accelerator, transformer, attention) if run.held_out else None
@@ -131,13 +137,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     if initial is not None:
         adapter.start_from(initial)
     describe_adapter(adapter, transformer)
+    place(transformer, device, waiting=offloaded.tensors)  # an adapter begins where the weights are that it is for
     parameters = list(adapter.parameters())
     if config.compile:
         compile_blocks(transformer, device)
     if accelerator.num_processes > 1:
         share_only_trained(transformer)
-    model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters))
-    offloaded = OffloadedBlocks(first_blocks(transformer, memory.offloaded_share), device)
+    model, optimizer = accelerator.prepare(transformer, config.optim.build(parameters), device_placement=[False, True])
     if start is not None:
         adapter.load_state_dict(start.adapter)
         optimizer.load_state_dict(start.optimizer)
@@ -194,7 +200,6 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if accelerator.is_main_process:
             with out_of_the_way(model, optimizer, device):
                 previews.render(adapter, step, steps)
-            offloaded.go_home()
         agreement.wait()
         steps.start_clock()
 
@@ -272,7 +277,6 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     for layer in transformer.layers:
         layer._compiled_call_impl = None  # what is compiled has the adapter in it, which finish takes off
     optimizer.state.clear()  # finish needs memory, and nothing is trained after it
-    offloaded.remove()
     if accelerator.is_main_process:
         if mean is not None:
             with mean.in_place():

@@ -14,51 +14,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sidestep.errors import UserError
+
 ALIGNMENT = 256
 """Bytes at which each tensor of a buffer begins; that of PyTorch's own allocator on CUDA."""
 
 
 class OffloadedBlocks:
-    """Keeps the frozen tensors of some blocks in main memory until it is removed.
+    """Keeps the frozen tensors of some blocks in main memory, for as long as the blocks are there.
 
-    Results do not change. Trained parameters stay where they are.
+    Results do not change. Trained parameters stay where they are, and so does what is added to the blocks later.
 
     Args:
-        blocks: in the order in which they run; none is well. The backward pass must run each again, or else it would
-            read from a buffer what another block has put there since.
+        blocks: in the order in which they run, their weights in main memory or on the device; none is well. A backward
+            pass must run each again, or else it would read from a buffer what another block has put there since.
         device: where they run.
+
+    Raises:
+        UserError: if main memory has no room for them.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device) -> None:
-        self._blocks = list(blocks)
         self._device = device
-        self._tensors = [_frozen(block) for block in self._blocks]
-        self._hosts = [_pack(tensors, pinned=device.type == "cuda") for tensors in self._tensors]
-        self._at_home = [_views(host, tensors) for host, tensors in zip(self._hosts, self._tensors, strict=True)]
-        self.go_home()  # before the buffers are made, to have room for them
+        self._tensors: list[list[Tensor]] = []
+        self._hosts: list[Tensor] = []
+        self._at_home: list[list[Tensor]] = []
+        for number, block in enumerate(blocks):  # one by one, so that none but one is held twice
+            self._tensors.append(_frozen(block))
+            self._hosts.append(_pack(self._tensors[number], pinned=device.type == "cuda"))
+            self._at_home.append(_views(self._hosts[number], self._tensors[number]))
+            self._point(number, self._at_home[number])
+            block.forward = partial(self._run, number, block.forward)
         size = max((len(host) for host in self._hosts), default=0)
-        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in self._hosts[:2]]
         self._held: list[int | None] = [None, None]
         """The block in each buffer."""
         self._last = -1
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-        for number, block in enumerate(self._blocks):
-            block.forward = partial(self._run, number, block.forward)
 
-    def go_home(self) -> None:
-        """Leave nothing but two buffers on the device, also after the model was moved, which replaces its tensors."""
-        self._tensors = [_frozen(block) for block in self._blocks]
-        for number in range(len(self._blocks)):
-            self._point(number, self._at_home[number])
-
-    def remove(self) -> None:
-        """Put all weights on the device for good."""
-        if self._copying is not None:
-            self._copying.synchronize()
-        for number, block in enumerate(self._blocks):
-            del block.forward
-            self._point(number, [home.to(self._device) for home in self._at_home[number]])
-        self._buffers, self._hosts, self._at_home = [], [], []
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that waits."""
+        return [tensor for of_block in self._tensors for tensor in of_block]
 
     def _run(self, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
         backwards = 0 < number < self._last  # as in the backward pass; a forward pass begins with 0
@@ -67,7 +64,7 @@ class OffloadedBlocks:
         buffer = self._fetch(number)
         if self._copying is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copying)
-        if 0 <= following < len(self._blocks):
+        if 0 <= following < len(self._hosts):
             self._fetch(following, into=1 - buffer)
         self._point(number, _views(self._buffers[buffer], self._tensors[number]))
         try:
@@ -106,8 +103,20 @@ def _frozen(block: nn.Module) -> list[Tensor]:
 
 
 def _pack(tensors: list[Tensor], pinned: bool) -> Tensor:
-    """Copy tensors into one buffer of bytes in main memory."""
-    packed = torch.empty(sum(_room(tensor) for tensor in tensors), dtype=torch.uint8, pin_memory=pinned)
+    """Copy tensors into one buffer of bytes in main memory.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    size = sum(_room(tensor) for tensor in tensors)
+    try:
+        packed = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    except RuntimeError as error:  # of the computer's memory, though CUDA says of this one too that it is its own
+        kind = "page-locked main" if pinned else "main"
+        raise UserError(
+            f"there are no {size / 2**20:.0f} MiB of {kind} memory for the frozen weights of one more layer "
+            f"({' '.join(str(error).split())[:120]}); use a smaller vram_profile.offloaded_share, or free memory"
+        ) from error
     for view, tensor in zip(_views(packed, tensors), tensors, strict=True):
         view.copy_(tensor)
     return packed

@@ -102,10 +102,15 @@ class AdamW8bitConfig(AdamConfig):
         if self.paged and any(parameter.device.type != "cuda" for parameter in parameters):
             raise UserError(f"optim.paged=true needs a CUDA GPU, and this is {parameters[0].device}; leave it out")
         try:
-            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+            from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise UserError(f"optim=adamw8bit needs bitsandbytes ({error}); pip install 'sidestep[8bit]'") from error
-        optimizer: Optimizer = (PagedAdamW8bit if self.paged else AdamW8bit)(
+        kind: Any = AdamW8bit
+        if self.paged:
+            from sidestep.training.paged import PagedAdamW8bit
+
+            kind = PagedAdamW8bit
+        optimizer: Optimizer = kind(
             parameters, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, weight_decay=self.weight_decay
         )
         return optimizer

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestep.adapters import Adapter
+from sidestep.devices import tensors_of
 from sidestep.errors import UserError
 from sidestep.files import replacing_folder
 from sidestep.inference.pipeline import Request, Sampling
@@ -183,6 +184,8 @@ def blaming_previews(seconds: float) -> Iterator[None]:
 def out_of_the_way(model: nn.Module, optimizer: Any, device: torch.device) -> Iterator[None]:
     """Free a GPU of a model and its optimiser's state while the block runs, and bring both back as they were.
 
+    What waits in main memory stays there.
+
     Args:
         model: perhaps wrapped by Accelerate; it has no gradients now.
         optimizer: of its adapter.
@@ -197,7 +200,9 @@ def out_of_the_way(model: nn.Module, optimizer: Any, device: torch.device) -> It
         for key, value in state.items()
         if isinstance(value, Tensor)
     ]
-    model.to("cpu")
+    moved = [tensor for tensor in tensors_of(model) if tensor.device.type != "cpu"]
+    for tensor in moved:
+        tensor.data = tensor.data.to("cpu")
     for state, key, _ in places:
         state[key] = state[key].to("cpu")
     _empty_cache(device)
@@ -205,7 +210,8 @@ def out_of_the_way(model: nn.Module, optimizer: Any, device: torch.device) -> It
         yield
     finally:
         _empty_cache(device)
-        model.to(device)
+        for tensor in moved:
+            tensor.data = tensor.data.to(device)
         for state, key, place in places:
             state[key] = state[key].to(place)
 

@@ -37,7 +37,7 @@ from sidestep.data.dataset import SongDataset
 from sidestep.data.holdout import hold_out, lowest_places
 from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
-from sidestep.devices import memory_gib, resolve_device, resolve_dtype, resolve_precision
+from sidestep.devices import check_compiler, memory_gib, resolve_device, resolve_dtype, resolve_precision
 from sidestep.errors import UserError
 from sidestep.files import hashes_of, keep_others, replacing_folder
 from sidestep.processes import slurm_job
@@ -539,15 +539,17 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     memory = config.vram_profile.resolve(read_profiles(), memory_gib(device))
     if config.max_seconds is not None:
         memory.max_seconds = config.max_seconds
-    if config.attention_kernel is AttentionKernel.flex and device.type != "cuda":
-        raise UserError(f"attention_kernel=flex needs a CUDA GPU, and this is {device.type}; leave it out")
     if config.compile and memory.offloaded_share:
         raise UserError(
             "compile=true cannot follow weights that wait in main memory; "
             "leave it out, or type vram_profile.offloaded_share=0"
         )
-    if config.compile and device.type != "cuda":
-        raise UserError(f"compile=true needs a CUDA GPU, and this is {device.type}; leave it out")
+    uses_flex = config.attention_kernel is AttentionKernel.flex
+    for setting, is_chosen in (("attention_kernel=flex", uses_flex), ("compile=true", config.compile)):
+        if is_chosen and device.type != "cuda":
+            raise UserError(f"{setting} needs a CUDA GPU, and this is {device.type}; leave it out")
+        if is_chosen:
+            check_compiler(setting)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
     if memory.gradient_checkpointing is GradientCheckpointing.auto:
         memory = choose_checkpointing(
