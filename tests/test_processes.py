@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,8 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidestep.cli import run_command
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.processes import join_processes
+from sidestep.train import train_command
 from sidestep.training.loop import train
 from sidestep.training.signals import Interrupted
 from tests.factories import choices_of, train_config
@@ -69,6 +73,16 @@ def training(world_size: int, *typed: str) -> Callable[[], object]:
             sys.exit(str(error))
         except Interrupted as stop:
             sys.exit(stop.exit_code)
+
+    return call
+
+
+def sweeping(*typed: str) -> Callable[[], object]:
+    """A sweep, as each process that torchrun starts runs it."""
+
+    def call() -> None:
+        sys.argv = ["sidestep.train", "-m", *typed, "model_variant=base", "device=cpu", "name=s", *ONE_SONG]
+        run_command("train", TrainConfig, train_command)
 
     return call
 
@@ -191,6 +205,28 @@ def test_a_damaged_file_in_the_share_of_one_process_ends_both_with_its_name(tmp_
         assert "song2.safetensors of song2.wav holds NaN" in process.text
         assert "Traceback" not in process.text
     assert len((data / ".checked").read_text().split()) == 2 + 4  # of the second process until there, and of the first
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_alone_ends_a_sweep_and_one_of_all_does_not(tmp_path, typed):
+    """The first point has a setting that all refuse, and process 0 cannot write a checkpoint of the second."""
+
+    def call() -> None:
+        from sidestep.training import run
+
+        def fail(*arguments: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "full")
+
+        if os.environ["RANK"] == "0":
+            run.save_checkpoint = fail
+        sweeping(*typed, "max_steps=2", "adapter.rank=0,2,3")()
+
+    group = start_group(tmp_path, 2, call)
+    finish(group, 1)
+    assert "2 failed, 1 waiting" in group[0].text
+    assert "failed: full: No space left on device" in group[0].text
+    assert "another process of this run has ended" in group[1].text
+    assert not any("Traceback" in process.text for process in group)
 
 
 @pytest.mark.slow
