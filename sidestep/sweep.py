@@ -266,7 +266,7 @@ def update_tables(sweep_dir: Path) -> None:
     table = sweep_dir / "sweep.json"
     if table.exists():
         num_points = len(os.listdir(sweep_dir))
-        if time.time() - table.stat().st_mtime < num_points / 50:  # one per cent of the time, at 0.2 ms for a point
+        if time.time() - table.stat().st_mtime < num_points / 25:  # one per cent of the time, at 0.4 ms for a point
             return
     write_tables(sweep_dir, collect_points(sweep_dir))
 
