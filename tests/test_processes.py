@@ -25,6 +25,7 @@ from sidestep.processes import join_processes
 from sidestep.train import train_command
 from sidestep.training.loop import train
 from sidestep.training.signals import Interrupted
+from sidestep.training.state import TrainingState
 from tests.factories import choices_of, train_config
 from tests.forked import Command, start_call
 
@@ -208,22 +209,52 @@ def test_a_damaged_file_in_the_share_of_one_process_ends_both_with_its_name(tmp_
 
 
 @pytest.mark.slow
+def test_told_to_stop_while_one_process_renders_previews_all_stop_and_render_them_later(tmp_path, typed):
+    asked = ["previews.prompts=[piano]", "previews.seconds=1", "previews.num_inference_steps=1", "previews.scales=[1]"]
+    train_four = training(2, *typed, *asked, "previews.every_epochs=2", "previews.seeds=[0,1]", "max_steps=4")
+
+    def stopped() -> None:
+        from sidestep.inference import previews
+
+        sample = previews.sample_latents
+
+        def sample_and_signal(*arguments, **options):
+            print("sampling")
+            signal.raise_signal(signal.SIGUSR2)
+            return sample(*arguments, **options)
+
+        previews.sample_latents = sample_and_signal
+        train_four()
+
+    group = start_group(tmp_path, 2, stopped)
+    finish(group, 128 + signal.SIGUSR2)
+    assert group[0].text.count("sampling") == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_2"]
+    finish(start_group(tmp_path, 2, train_four))
+    assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == ["step_2", "step_4"]
+
+
+@pytest.mark.slow
 def test_a_failure_of_one_process_alone_ends_a_sweep_and_one_of_all_does_not(tmp_path, typed):
-    """The first point has a setting that all refuse, and process 0 cannot write a checkpoint of the second."""
+    """The losses of the first point are not finite in either, and process 0 cannot write a checkpoint of the second."""
 
     def call() -> None:
         from sidestep.training import run
 
-        def fail(*arguments: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device", "full")
+        save = run.save_checkpoint
 
-        if os.environ["RANK"] == "0":
-            run.save_checkpoint = fail
-        sweeping(*typed, "max_steps=2", "adapter.rank=0,2,3")()
+        def save_or_fail(folder: Path, state: TrainingState, *arguments: Callable[[Path], None]) -> None:
+            if state.step == 4:
+                raise OSError(errno.ENOSPC, "No space left on device", "full")
+            save(folder, state, *arguments)
+
+        run.save_checkpoint = save_or_fail  # which process 0 alone calls
+        sweeping(*typed, "schedule.warmup_steps=0", "max_bad_steps=2", "max_steps=4", "optim.lr=1e37,1e-3,2e-3")()
 
     group = start_group(tmp_path, 2, call)
     finish(group, 1)
     assert "2 failed, 1 waiting" in group[0].text
+    assert "steps in a row" in group[0].text
     assert "failed: full: No space left on device" in group[0].text
     assert "another process of this run has ended" in group[1].text
     assert not any("Traceback" in process.text for process in group)
