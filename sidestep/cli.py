@@ -38,7 +38,7 @@ from sidestep.config.gate import (
 )
 from sidestep.config.help import help_page
 from sidestep.config.naming import swept_keys
-from sidestep.errors import PointFailed, UserError
+from sidestep.errors import PointFailed, UserError, shared
 from sidestep.processes import join_processes, rank
 from sidestep.sweep import end_sweep, record_point
 from sidestep.training.signals import Interrupted
@@ -149,7 +149,9 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
         folder = HydraConfig.get().runtime.output_dir
         try:
             with _naming_files(lambda: folder):
-                return task(to_dataclass(config, root))
+                with shared():
+                    settings = to_dataclass(config, root)
+                return task(settings)
         except UserError as error:
             log.error("%s", error)
             raise

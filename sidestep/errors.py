@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -19,5 +21,30 @@ class UserError(Exception):
         super().__init__(_UNPRINTABLE.sub(lambda char: ascii(char[0])[1:-1], message))
 
 
+class SharedError(UserError):
+    """What every process of a run refuses at the same place, so that all of them can go on to another run."""
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Around what every process of a run does alike, as reading its settings: what one refuses, all do.
+
+    Raises:
+        SharedError: in place of a UserError.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error)) from error
+
+
 class PointFailed(Exception):  # noqa: N818  it is a result, written down, and not a mistake of this program
-    """A point of a sweep failed, which is in its log and its record; the other points go on."""
+    """A point of a sweep failed, which is in its log and its record; the other points go on.
+
+    Attributes:
+        in_all: whether it failed in every process of the run.
+    """
+
+    def __init__(self, message: str, *, in_all: bool = False) -> None:
+        super().__init__(message)
+        self.in_all = in_all

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sidestep.errors import UserError
+from sidestep.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,7 @@ def join_processes(env: MutableMapping[str, str] = os.environ) -> None:
 
 def rank() -> int:
     """Number of this process; 0 writes the files."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))  # the latter until they were joined
 
 
 def slurm_job() -> str:
@@ -91,7 +91,7 @@ def failing_together(num_processes: int, wait: Callable[[], None]) -> Iterator[N
         wait: for all processes, however long one of them is at work, as an :class:`Agreement` does.
 
     Raises:
-        UserError: in the others, with the words of the first error of the block of any process.
+        SharedError: in the others, with the words of the first error of the block of any process.
         Exception: what was raised in the block of this process, if that is no UserError.
     """
     mine: Exception | None = None
@@ -106,9 +106,18 @@ def failing_together(num_processes: int, wait: Callable[[], None]) -> Iterator[N
         text = None if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
         theirs = [text for text in gather_object([text]) if text is not None]
         if theirs and (mine is None or isinstance(mine, UserError)):
-            raise UserError(theirs[0]) from mine
+            raise SharedError(theirs[0]) from mine
     if mine is not None:
         raise mine
+
+
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""In the words of gloo and NCCL."""
+
+
+def is_cut_off(error: Exception) -> bool:
+    """Whether an error says no more than that another process of the run has ended."""
+    return any(words in str(error) for words in _CUT_OFF)
 
 
 def share_only_trained(model: nn.Module) -> None:
@@ -159,6 +168,11 @@ class Agreement:
         maximum = torch.distributed.ReduceOp.MAX
         self._asked = told, torch.distributed.all_reduce(told, maximum, group=self._group, async_op=True)
         return known
+
+    def on_largest_now(self, number: int) -> int:
+        """Tell a number, wait for all processes, and give the largest; each of them must call it here."""
+        self.on_largest(number)  # whose answer is to an earlier call
+        return self.on_largest(number)
 
     def wait(self) -> None:
         """Wait for all processes, however long one of them is at work; waiting by way of GPUs ends in an error."""

@@ -85,7 +85,9 @@ class SlurmJob:
             PointFailed: so that the job fails in Slurm, too.
         """
         most = self.cluster.max_requeues
-        signal.signal(signal.SIGUSR2, lambda *_: requeue(most))  # before a run has begun to train, nothing is to save
+        # before a run has begun to train, nothing is to save; the other processes leave that to process 0, which may be
+        # training already, and then needs them until all have agreed to stop
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN if rank() else lambda *_: requeue(most))
         Singleton.set_state(state)
         setup_globals()
         config = self.point_config(overrides)
@@ -110,7 +112,8 @@ class SlurmJob:
             else:  # a preempted job is requeued by Slurm only if it is still there, and a cancelled one is ended
                 time.sleep(600)
             raise
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        finally:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         if done.status is JobStatus.FAILED:
             raise done._return_value
 
@@ -119,7 +122,7 @@ def requeue(max_requeues: int) -> None:
     """Ask Slurm to start this job again, which it does in the same folder; the process ends.
 
     Raises:
-        UserError: in process 0, if that was done too often.
+        UserError: in process 0, if that was done too often or Slurm does not do it.
     """
     if rank() == 0:
         if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= max_requeues:
@@ -128,10 +131,23 @@ def requeue(max_requeues: int) -> None:
                 f"what it saved is kept, and the same command goes on from it"
             )
         log.info("going on in a new job")
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        if refused := _ask_slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"]):
+            raise UserError(
+                f"Slurm does not begin this job again: {refused}; "
+                f"what it saved is kept, and the same command goes on from it"
+            )
     # not with an error: srun would then end rank 0 before it has asked
     logging.shutdown()
     os._exit(0)
+
+
+def _ask_slurm(*command: str) -> str:
+    """Run one of Slurm's commands; give what it says if it fails, on one line."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:  # as in a container that has none of them
+        return f"{command[0]}: {error.strerror}"
+    return "" if done.returncode == 0 else " ".join(done.stderr.split()) or f"{command[0]} ended with {done.returncode}"
 
 
 def _write_failure(folder: Path, error: str) -> None:
@@ -174,19 +190,20 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
             log.info("%s is in the queue already, as job %s", folder, jobs[number])
         else:
             todo.append(number)
-    for start in range(0, len(todo), ARRAY_SIZE):
-        numbers = todo[start : start + ARRAY_SIZE]
-        submitted = submit(job, cluster, sweep_dir, [(list(points[n]), first_number + n) for n in numbers])
-        for number, name in zip(numbers, submitted, strict=True):
-            jobs[number] = name
-            log.info("%s is job %s", folders[number], name)
-        planned = [PlannedPoint(overrides=list(points[n]), job=jobs[n], folder=folders[n].name) for n in numbers]
-        add_to_plan(sweep_dir, planned)  # at once, so that none is submitted twice
+    with _cancelling_on_ctrl_c(jobs):  # of which more and more are known
+        for start in range(0, len(todo), ARRAY_SIZE):
+            numbers = todo[start : start + ARRAY_SIZE]
+            submitted = submit(job, cluster, sweep_dir, [(list(points[n]), first_number + n) for n in numbers])
+            for number, name in zip(numbers, submitted, strict=True):
+                jobs[number] = name
+                log.info("%s is job %s", folders[number], name)
+            planned = [PlannedPoint(overrides=list(points[n]), job=jobs[n], folder=folders[n].name) for n in numbers]
+            add_to_plan(sweep_dir, planned)  # at once, so that none is submitted twice
+        if cluster.wait:
+            wait_for(sweep_dir, {name for name in jobs if name})
     if not cluster.wait:
         log.info("look at them with python -m sidestep.report sweep_dir=%s", sweep_dir)
         return [JobReturn(overrides=list(point), status=JobStatus.COMPLETED, _return_value=None) for point in points]
-    with _cancelling_on_ctrl_c([name for name in jobs if name]):
-        wait_for(sweep_dir, {name for name in jobs if name})
     return [
         _finished(points[number], folders[number])
         if number in finished
@@ -303,14 +320,20 @@ def wait_for(sweep_dir: Path, jobs: set[str]) -> None:
 
 @contextlib.contextmanager
 def _cancelling_on_ctrl_c(jobs: Sequence[str]) -> Iterator[None]:
-    """On Ctrl-C, ask whether the jobs are to be cancelled; where nobody can be asked, cancel them."""
+    """On Ctrl-C, ask whether the jobs are to be cancelled; where nobody can be asked, cancel them.
+
+    Args:
+        jobs: those known when it is pressed; empty names are none.
+    """
     try:
         yield
     except KeyboardInterrupt:
         left = [name for name in jobs if name in (queued_jobs() or {})]
         if left and _wants_to_cancel(len(left)):
-            subprocess.run(["scancel", *left], check=True)
-            log.info("cancelled %d jobs; what they saved is kept, and the same command goes on from it", len(left))
+            if refused := _ask_slurm("scancel", *left):  # which says so of a job that has just ended, too
+                log.warning("not all of the %d jobs were cancelled: %s; look at them with squeue", len(left), refused)
+            else:
+                log.info("cancelled %d jobs; what they saved is kept, and the same command goes on from it", len(left))
         elif left:
             log.info("%d jobs go on; the same command waits for them again", len(left))
         raise

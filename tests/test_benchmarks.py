@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import loader, preprocess, scaling, step, trainer
+from benchmarks import loader, preprocess, scaling, step, sweep, trainer
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
@@ -108,3 +108,9 @@ def test_preprocessing_is_measured_again_with_other_captions(tmp_path, monkeypat
         ("first time", 2), ("nothing changed", 0), ("captions changed", 2),
     ]  # fmt: skip
     assert rows[0]["seconds"] > 0
+
+
+def test_the_tables_of_a_large_sweep_are_measured(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"status": "finished", "step": 3}')
+    sweep.main(["--run", str(tmp_path), "--points", "3", "--composed", "1"])
+    assert "3 points: collected in" in capsys.readouterr().out

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from omegaconf import OmegaConf
 
 from sidestep import slurm
+from sidestep.config.cluster import SlurmConfig
 from sidestep.config.gate import conf_dir, launches_sweep
 from sidestep.errors import UserError
 from sidestep.reporting.runs import Plan, PlannedPoint, Point, as_csv, same_point
@@ -81,6 +87,67 @@ def test_a_job_is_begun_again_only_as_often_as_allowed(monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     with pytest.raises(UserError, match=r"begun again cluster.max_requeues=2 times"):
         slurm.requeue(2)
+
+
+def pretend(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, script: str) -> None:
+    """Put a command of Slurm on the path that does what a shell script says."""
+    (folder / command).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_job_that_slurm_does_not_begin_again_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    pretend(tmp_path, monkeypatch, "scontrol", "echo 'slurm_requeue error: Invalid job id' >&2; exit 1")
+    with pytest.raises(UserError, match="does not begin this job again: slurm_requeue error: Invalid job id; what it"):
+        slurm.requeue(2)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="scontrol: No such file or directory"):
+        slurm.requeue(2)
+
+
+def test_only_process_0_of_a_job_answers_a_signal_before_the_run_begins(monkeypatch):
+    """The others may be needed by it until all have saved."""
+    job = slurm.SlurmJob(None, None, OmegaConf.create({"cluster": OmegaConf.structured(SlurmConfig)}))
+    monkeypatch.delenv("RANK", raising=False)
+    seen = []
+
+    def compose(*arguments):
+        seen.append(signal.getsignal(signal.SIGUSR2))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(slurm.SlurmJob, "point_config", compose)
+    monkeypatch.setattr(slurm, "setup_globals", lambda: None)
+    before = signal.getsignal(signal.SIGUSR2)
+    try:
+        for number in ("0", "1"):
+            monkeypatch.setenv("SLURM_PROCID", number)
+            with pytest.raises(ZeroDivisionError):
+                job([], 0, Singleton.get_state())
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert callable(seen[0])
+    assert seen[1] is signal.SIG_IGN
+
+
+def test_ctrl_c_cancels_what_is_in_the_queue_by_then_and_names_what_could_not_be(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    asked = tmp_path / "asked"
+    pretend(tmp_path, monkeypatch, "scancel", f"echo $* >> {asked}; test $1 != 9 || {{ echo gone >&2; exit 1; }}")
+    monkeypatch.setattr(slurm, "queued_jobs", lambda: dict.fromkeys("789", "RUNNING"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for name, answer in (("8", "cancelled 1 jobs"), ("9", "not all of the 1 jobs were cancelled: gone")):
+        jobs = ["", ""]
+
+        def submit(jobs: list[str] = jobs, name: str = name) -> None:
+            with slurm._cancelling_on_ctrl_c(jobs):
+                jobs[0] = name
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            submit()
+        assert answer in caplog.text
+    assert asked.read_text().split() == ["8", "9"]
 
 
 @pytest.mark.parametrize("name", ["optuna", "timesteps"])

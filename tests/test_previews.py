@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sidestep.inference.generation import generate
 from sidestep.inference.pipeline import Request, Sampling
 from sidestep.training.previews import Previews, out_of_the_way
 from sidestep.training.run import open_run
+from sidestep.training.signals import Interrupted
 from tests.factories import choices_of, generate_config, run_training, train_config, write_dataset
 
 PREVIEWS = (
@@ -161,6 +163,26 @@ def test_music_that_is_not_finite_is_left_out_and_the_rest_is_kept(
     )  # fmt: skip
     assert [(music.file, music.seed) for music in made] == [("prompt1-seed3-scale0.flac", 3)]
     assert "'piano' at scale 0 gave latents that are not finite" in caplog.text
+
+
+def test_a_signal_while_previews_are_rendered_waits_for_the_piece_at_hand_only(tmp_path, places, monkeypatch, caplog):
+    sample, sampled = previews.sample_latents, []
+
+    def sample_and_signal(*arguments, **options):
+        sampled.append(options["seed"])
+        if options["seed"] == 3 and len(sampled) == 2:  # the first is the base model's
+            signal.raise_signal(signal.SIGTERM)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(previews, "sample_latents", sample_and_signal)
+    typed = (*places, *PREVIEWS, "previews.scales=[0,1,0.5]", "max_epochs=1")
+    with pytest.raises(Interrupted):
+        run_training(tmp_path / "run", *typed)
+    assert len(sampled) == 2
+    assert (tmp_path / "run/checkpoints/epoch_1").is_dir()
+    assert [path.name for path in (tmp_path / "run/previews").iterdir()] == ["base"]
+    run_training(tmp_path / "run", *typed)
+    assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == ["base", "step_4"]
 
 
 @pytest.mark.slow

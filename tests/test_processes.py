@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,10 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sidestep.cli import run_command
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.processes import join_processes
+from sidestep.train import train_command
 from sidestep.training.loop import train
 from sidestep.training.signals import Interrupted
+from sidestep.training.state import TrainingState
 from tests.factories import choices_of, train_config
 from tests.forked import Command, start_call
 
@@ -73,6 +78,16 @@ def training(world_size: int, *typed: str) -> Callable[[], object]:
     return call
 
 
+def sweeping(*typed: str) -> Callable[[], object]:
+    """A sweep, as each process that torchrun starts runs it."""
+
+    def call() -> None:
+        sys.argv = ["sidestep.train", "-m", *typed, "model_variant=base", "device=cpu", "name=s", *ONE_SONG]
+        run_command("train", TrainConfig, train_command)
+
+    return call
+
+
 def finish(group: list[Command], code: int = 0) -> None:
     for process in group:
         assert process.finish() == code, process.text
@@ -84,8 +99,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow  # two processes that stop and go on as another number of them are in the short form, below
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, world_size):
+def test_two_and_four_processes_train_the_adapters_that_one_would(tmp_path, typed):
     """Twenty steps of LoRA, DoRA and LoKr, one after the other in the same processes."""
 
     def all_three(processes: int) -> Callable[[], object]:
@@ -101,14 +115,15 @@ def test_several_processes_train_the_adapters_that_one_would(tmp_path, typed, wo
 
         return call
 
-    for processes in (1, world_size):
+    for processes in (1, 2, 4):
         group = start_group(tmp_path / str(processes), processes, all_three(processes))
         finish(group)
         assert group[0].text.count("saved run/checkpoints") == 3
         assert not any("saved run/checkpoints" in other.text for other in group[1:])
     for adapter in ("lora", "dora", "lokr"):
-        alone, together = (final_weights(tmp_path / str(n) / adapter / "run") for n in (1, world_size))
-        torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+        alone, two, four = (final_weights(tmp_path / str(n) / adapter / "run") for n in (1, 2, 4))
+        torch.testing.assert_close(two, alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(four, alone, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
@@ -191,6 +206,58 @@ def test_a_damaged_file_in_the_share_of_one_process_ends_both_with_its_name(tmp_
         assert "song2.safetensors of song2.wav holds NaN" in process.text
         assert "Traceback" not in process.text
     assert len((data / ".checked").read_text().split()) == 2 + 4  # of the second process until there, and of the first
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_one_process_renders_previews_all_stop_and_render_them_later(tmp_path, typed):
+    asked = ["previews.prompts=[piano]", "previews.seconds=1", "previews.num_inference_steps=1", "previews.scales=[1]"]
+    train_four = training(2, *typed, *asked, "previews.every_epochs=2", "previews.seeds=[0,1]", "max_steps=4")
+
+    def stopped() -> None:
+        from sidestep.inference import previews
+
+        sample = previews.sample_latents
+
+        def sample_and_signal(*arguments, **options):
+            print("sampling")
+            signal.raise_signal(signal.SIGUSR2)
+            return sample(*arguments, **options)
+
+        previews.sample_latents = sample_and_signal
+        train_four()
+
+    group = start_group(tmp_path, 2, stopped)
+    finish(group, 128 + signal.SIGUSR2)
+    assert group[0].text.count("sampling") == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_2"]
+    finish(start_group(tmp_path, 2, train_four))
+    assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == ["step_2", "step_4"]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_alone_ends_a_sweep_and_one_of_all_does_not(tmp_path, typed):
+    """The losses of the first point are not finite in either, and process 0 cannot write a checkpoint of the second."""
+
+    def call() -> None:
+        from sidestep.training import run
+
+        save = run.save_checkpoint
+
+        def save_or_fail(folder: Path, state: TrainingState, *arguments: Callable[[Path], None]) -> None:
+            if state.step == 4:
+                raise OSError(errno.ENOSPC, "No space left on device", "full")
+            save(folder, state, *arguments)
+
+        run.save_checkpoint = save_or_fail  # which process 0 alone calls
+        sweeping(*typed, "schedule.warmup_steps=0", "max_bad_steps=2", "max_steps=4", "optim.lr=1e37,1e-3,2e-3")()
+
+    group = start_group(tmp_path, 2, call)
+    finish(group, 1)
+    assert "2 failed, 1 waiting" in group[0].text
+    assert "steps in a row" in group[0].text
+    assert "failed: full: No space left on device" in group[0].text
+    assert "another process of this run has ended" in group[1].text
+    assert not any("Traceback" in process.text for process in group)
 
 
 @pytest.mark.slow

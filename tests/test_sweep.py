@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 import sidestep.sweep
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.errors import PointFailed, UserError
+from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.report import report_command
 from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_plan, read_point
 from sidestep.sweep import record_point
@@ -168,14 +169,37 @@ def test_what_one_of_several_processes_may_fail_of_alone_ends_the_sweep(point_di
     """The others would wait for it in the middle of a step; a setting is refused by all of them."""
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    def fail(cause: Exception) -> None:
-        raise UserError("too much") from cause
+    def fail(error: Exception) -> None:
+        raise error
 
     with pytest.raises(PointFailed):
-        record_point(lambda: fail(ValueError("of a setting")))
+        record_point(lambda: fail(SharedError("of a setting")))
+    for alone in (UserError("too much"), OSError(errno.ENOSPC, "No space left on device")):
+        with pytest.raises(SystemExit):
+            record_point(lambda alone=alone: fail(alone))
+        assert str(alone) in read_point(point_dir).error
+
+
+def test_a_point_that_another_process_is_training_ends_a_sweep_of_several_processes(point_dir, monkeypatch, caplog):
+    """Only process 0 sees that it is; the others would begin it."""
+    busy = PointRecord(overrides=[], started=now(), host=socket.gethostname(), process=os.getppid())
+    busy.write(point_dir)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        record_point(lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
-    assert read_point(point_dir).error == "too much"
+        record_point(lambda: 1.0)
+    assert f"is being trained by process {os.getppid()}" in caplog.text
+    assert read_point(point_dir) == busy
+
+
+def test_a_record_that_cannot_be_written_ends_a_sweep_of_several_processes(point_dir, monkeypatch, caplog):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PointRecord, "write", fail)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        record_point(lambda: 1.0)
+    assert "No space left on device" in caplog.text
 
 
 def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):

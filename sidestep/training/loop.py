@@ -11,7 +11,7 @@ import os
 import signal
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -26,9 +26,9 @@ from sidestep.adapters import Adapter
 from sidestep.config.settings import AttentionKernel, TrainConfig
 from sidestep.data.loader import read_batches
 from sidestep.devices import place
-from sidestep.errors import UserError
+from sidestep.errors import SharedError, UserError, shared
 from sidestep.files import alone_in, remove_abandoned
-from sidestep.processes import Agreement, check_together, failing_together, rank, share_only_trained
+from sidestep.processes import Agreement, check_together, failing_together, is_cut_off, rank, share_only_trained
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
@@ -59,7 +59,8 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: 
         UserError: for anything the user can mend.
     """
     with alone_in(output_dir) if rank() == 0 else nullcontext():
-        run = open_run(config, output_dir, choices)
+        with shared():
+            run = open_run(config, output_dir, choices)
         if run.finished_loss is not None:
             return run.finished_loss
         try:
@@ -73,6 +74,10 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: 
             ) from error
         except BaseException as error:
             run.fail(error)
+            if isinstance(error, RuntimeError) and is_cut_off(error):
+                raise UserError(
+                    "another process of this run has ended, and this one with it; why, is in what that one printed"
+                ) from error
             raise
         finally:
             # a sweep runs in one process: Accelerate would keep the first run's precision, and the model's patched
@@ -168,6 +173,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             scaler = accelerator.scaler
             run.save_checkpoint(step, steps.smoothed_loss, adapter, optimizer, scaler, ema=ema)
 
+    def leave(step: int, number: int) -> NoReturn:
+        """Save, and stop because of a signal that any process received; called by each of them."""
+        save(step)
+        agreement.close()
+        accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+        raise Interrupted(signal.Signals(number))
+
     def stop_if_asked() -> None:
         """Leave what can be begun again, if any process was told to stop; called equally often by each of them."""
         if number := agreement.on_largest(stop.received or 0):
@@ -178,11 +190,8 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         assert validation is not None
         try:
             scalars = validation.evaluate(transformer, step, mean, stop_if_asked).scalars()
-        except Interrupted:
-            save(step)
-            agreement.close()
-            accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
-            raise
+        except Interrupted as stopped:
+            leave(step, stopped.received)
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
@@ -194,13 +203,15 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         steps.start_clock()
 
     def listen(step: int) -> None:
-        """Render previews on one process while the others wait."""
+        """Render previews on one process while the others wait; a signal ends it after the piece at hand."""
         assert previews is not None
         steps.flush()
         if accelerator.is_main_process:
             with out_of_the_way(model, optimizer, device):
-                previews.render(adapter, step, steps)
+                previews.render(adapter, step, steps, stop.raise_if_received)
         agreement.wait()
+        if number := agreement.on_largest_now(stop.received or 0):
+            leave(step, number)
         steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
@@ -220,10 +231,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 break
             if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):
                 steps.flush()
-                save(step)
-                agreement.close()
-                accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
-                raise Interrupted(signal.Signals(number))
+                leave(step, number)
             lr = config.optim.lr * config.schedule.factor(step, run.num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -256,7 +264,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
                 steps.flush()
             if steps.num_bad >= max_bad_steps:  # they changed nothing, so the state is that before the first
                 save(step + 1 - steps.num_bad)
-                raise UserError(
+                raise SharedError(
                     f"{steps.num_bad} steps in a row, up to step {step + 1}, had a loss or gradient that is not "
                     f"finite, and changed nothing; {explain_bad_step(step, forward, run, adapter, accelerator)}; "
                     f"use a lower optim.lr than {config.optim.lr:g} or leave that song out, under another name=..."

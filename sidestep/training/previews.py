@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from sidestep.files import replacing_folder
 from sidestep.inference.pipeline import Request, Sampling
 from sidestep.inference.previews import Preview, render, spectrogram
 from sidestep.records import parse_json
+from sidestep.training.signals import Interrupted
 
 if TYPE_CHECKING:
     from sidestep.training.metrics import StepLog
@@ -96,15 +97,26 @@ class Previews:
             with blaming_previews(self.settings.seconds):
                 self._render("base", None, [0.0], step=0)
 
-    def render(self, adapter: Adapter, step: int, steps: StepLog) -> None:
-        """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview."""
+    def render(
+        self, adapter: Adapter, step: int, steps: StepLog, between_pieces: Callable[[], None] = lambda: None
+    ) -> None:
+        """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview.
+
+        Args:
+            adapter: what is trained.
+            step: the one just done.
+            steps: where the music is shown.
+            between_pieces: called before every piece of music; may raise ``Interrupted`` to end the rendering.
+        """
         name = f"step_{step}"
         log.info("rendering previews of step %d", step)
         try:
-            self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step)
+            self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step, between_pieces)
             for folder in [self.folder / name] if self._base_shown else [self.folder / "base", self.folder / name]:
                 self._show(folder, steps, step)
             self._base_shown = True
+        except Interrupted:
+            log.info("previews of step %d are rendered when the run goes on", step)
         except torch.OutOfMemoryError:
             log.warning(
                 "previews of step %d did not fit in memory; training goes on; use a smaller previews.seconds than %g",
@@ -126,7 +138,14 @@ class Previews:
             tag = f"previews/{Path(preview['file']).stem}"
             steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
 
-    def _render(self, name: str, adapter: Adapter | None, scales: Sequence[float], step: int) -> None:
+    def _render(
+        self,
+        name: str,
+        adapter: Adapter | None,
+        scales: Sequence[float],
+        step: int,
+        between_pieces: Callable[[], None] = lambda: None,
+    ) -> None:
         run = self.run
         with replacing_folder(self.folder / name) as partial:
             saved = None
@@ -144,6 +163,7 @@ class Previews:
                 device=run.device,
                 dtype=run.dtype,
                 folder=partial,
+                between_pieces=between_pieces,
             )
             if not files:
                 raise UserError(f"all music was made of numbers that are not finite in {run.dtype}")

@@ -49,6 +49,15 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def raise_if_received(self) -> None:
+        """Leave what can be begun again.
+
+        Raises:
+            Interrupted: if there was a signal.
+        """
+        if self.received is not None:
+            raise Interrupted(self.received)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
