@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from sidestep.inference.generation import generate
 from sidestep.inference.pipeline import Request, Sampling
 from sidestep.training.previews import Previews, out_of_the_way
 from sidestep.training.run import open_run
+from sidestep.training.signals import Interrupted
 from tests.factories import choices_of, generate_config, run_training, train_config, write_dataset
 
 PREVIEWS = (
@@ -161,6 +163,29 @@ def test_music_that_is_not_finite_is_left_out_and_the_rest_is_kept(
     )  # fmt: skip
     assert [(music.file, music.seed) for music in made] == [("prompt1-seed3-scale0.flac", 3)]
     assert "'piano' at scale 0 gave latents that are not finite" in caplog.text
+
+
+def test_a_signal_does_not_wait_for_the_rest_of_the_music(tmp_path, places, monkeypatch):
+    """Slurm does not wait for it either; the previews are made when the run goes on."""
+    sampled = []
+
+    def sample_and_be_told_to_stop(*arguments, **options):
+        sampled.append(options["seed"])
+        signal.raise_signal(signal.SIGUSR1)
+        return sample(*arguments, **options)
+
+    sample = previews.sample_latents
+    monkeypatch.setattr(previews, "sample_latents", sample_and_be_told_to_stop)
+    typed = (*places, *PREVIEWS, "previews.scales=[1]", "previews.seeds=[3,4]", "max_epochs=1")
+    with pytest.raises(Interrupted):
+        run_training(tmp_path / "run", *typed)
+    assert sampled == [3]
+    assert not list((tmp_path / "run/previews").iterdir())
+    assert (tmp_path / "run/checkpoints/epoch_1").is_dir()
+    monkeypatch.undo()
+    run_training(tmp_path / "run", *typed)
+    assert len(list((tmp_path / "run/previews/step_4").glob("*.flac"))) == 2
+    assert (tmp_path / "run/final").is_dir()
 
 
 @pytest.mark.slow

@@ -25,7 +25,16 @@ from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.config.gate import check_swept, compose_or_explain, parse_overrides
 from sidestep.errors import PointFailed, UserError
 from sidestep.report import report_command
-from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_plan, read_point
+from sidestep.reporting.runs import (
+    Plan,
+    PlannedPoint,
+    PointRecord,
+    as_table,
+    collect_points,
+    ranked,
+    read_plan,
+    read_point,
+)
 from sidestep.sweep import launch_points, record_point
 from sidestep.times import now
 from tests.factories import report_config
@@ -341,6 +350,35 @@ def test_points_that_were_not_begun_are_in_the_table_too(tmp_path):
     assert table[1].split() == ["a", "finished", "0.5000", "2", "min"]
     assert table[2].split() == ["seed=2", "waiting"]
     assert table[-1] == "1 finished, 1 waiting"
+
+
+def test_a_run_that_was_typed_by_itself_and_then_in_a_sweep_is_one_row(tmp_path):
+    """On a cluster nobody begins what is finished, so it never gets a record of the sweep."""
+    for name, status in (("a", "finished"), ("b", "interrupted")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"status": status, "smoothed_loss": 0.5}))
+    planned = [PlannedPoint(overrides=[f"adapter={name}", "seed=1"], folder=name) for name in ("a", "b", "c")]
+    Plan(launched="2026-11-22T10:00:00Z", points=planned).write(tmp_path)
+    rows = collect_points(tmp_path)
+    assert [(row.name, row.status) for row in rows] == [("a", "finished"), ("b", "interrupted"), ("", "waiting")]
+    assert all(row.settings["seed"] == "1" for row in rows)
+
+
+def test_a_single_point_that_was_not_begun_is_called_by_what_was_typed(tmp_path):
+    Plan(launched=now(), points=[PlannedPoint(overrides=["adapter=lora"], folder="a")]).write(tmp_path)
+    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["adapter=lora", "waiting"]
+
+
+def test_training_losses_on_other_songs_or_models_are_not_ranked(tmp_path):
+    for name, settings in (("a", {"dataset": "1"}), ("b", {"dataset": "2"}), ("c", {"dataset": "1", "seed": 3})):
+        folder = tmp_path / name
+        folder.mkdir()
+        PointRecord(overrides=[f"seed={name}"], status="finished", objective=1.0).write(folder)
+        (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": settings}))
+    points = collect_points(tmp_path)
+    assert "evaluated in 2 ways" in as_table(points, tmp_path)
+    assert ranked(points) == []
+    assert len(ranked([points[0], points[2]])) == 2
 
 
 def test_of_many_points_the_terminal_shows_the_best_and_counts_the_rest(tmp_path):

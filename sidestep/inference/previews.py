@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def render(
     device: torch.device,
     dtype: torch.dtype,
     folder: Path,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Preview]:
     """Render every request with every seed at every scale into ``folder``. No global random state is used.
 
@@ -57,6 +58,7 @@ def render(
         device: where to compute.
         dtype: of the encoders and the transformer.
         folder: an existing folder.
+        between: called before each piece is sampled, and before each is decoded; it may raise.
 
     Returns:
         What was rendered; what was sampled as numbers that are not finite is left out with a warning.
@@ -75,6 +77,7 @@ def render(
         applied = attach_saved(transformer, adapter, scale) if adapter is not None else None
         for number, request in enumerate(requests):
             for seed in seeds:
+                between()
                 latents = sample_latents(
                     transformer,
                     conditions[number],
@@ -95,6 +98,7 @@ def render(
     vae = checkpoint.load_vae(device=device, dtype=torch.float32)
     previews = []
     for number, seed, scale, latents in sampled:
+        between()
         request = requests[number]
         audio = finish(decode_latents(vae, latents, tile_seconds=TILE_SECONDS), request.num_samples)
         preview = Preview(f"prompt{number + 1}-seed{seed}-scale{scale:g}.flac", request.prompt, seed, scale)

@@ -9,9 +9,9 @@ import gc
 import logging
 import os
 import signal
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -167,16 +167,25 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         if number := agreement.on_largest(stop.received or 0):
             raise Interrupted(signal.Signals(number))
 
+    def stop_alone_if_asked() -> None:
+        """Leave what only this process does, if it was told to stop."""
+        if stop.received is not None:
+            raise Interrupted(stop.received)
+
+    def leave(number: int) -> NoReturn:
+        """End the run for a signal that all processes know of; what was to be done after a step is done next time."""
+        agreement.close()
+        accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
+        raise Interrupted(signal.Signals(number))
+
     def look(step: int) -> None:
         """Evaluate the held-out songs."""
         assert validation is not None
         try:
             scalars = validation.evaluate(transformer, step, mean, stop_if_asked).scalars()
-        except Interrupted:
+        except Interrupted as stopped:
             save(step)
-            agreement.close()
-            accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
-            raise
+            leave(stopped.received)
         steps.record_scalars(scalars | {"validation/best_loss": validation.best_loss}, step)
         if accelerator.is_main_process:
             if validation.best_step == step:
@@ -192,10 +201,13 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
         assert previews is not None
         steps.flush()
         if accelerator.is_main_process:
-            with out_of_the_way(model, optimizer, device):
-                previews.render(adapter, step, steps)
+            with out_of_the_way(model, optimizer, device), suppress(Interrupted):  # the others are told of it below
+                previews.render(adapter, step, steps, stop_alone_if_asked)
             offloaded.go_home()
-        agreement.wait()
+        agreement.on_largest(stop.received or 0)
+        if number := agreement.on_largest(stop.received or 0):  # which waits for what was told before, in all of them
+            save(step)
+            leave(number)
         steps.start_clock()
 
     # fp16 finds its loss scale by overflowing, one halving per step, from 65,536
@@ -216,9 +228,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
             if accelerator.num_processes > 1 and (number := agreement.on_largest(stop.received or 0)):
                 steps.flush()
                 save(step)
-                agreement.close()
-                accelerator.wait_for_everyone()  # a launcher ends all processes once one is gone
-                raise Interrupted(signal.Signals(number))
+                leave(number)
             lr = config.optim.lr * config.schedule.factor(step, run.num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -95,12 +95,19 @@ class Previews:
             with blaming_previews(self.settings.seconds):
                 self._render("base", None, [0.0], step=0)
 
-    def render(self, adapter: Adapter, step: int, steps: StepLog) -> None:
-        """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview."""
+    def render(self, adapter: Adapter, step: int, steps: StepLog, between: Callable[[], None]) -> None:
+        """Render the adapter as it is at the end of a step; what keeps that from working costs only the preview.
+
+        Args:
+            adapter: to render.
+            step: it was trained to.
+            steps: where the music is shown.
+            between: called before each piece; what it raises leaves no previews of this step.
+        """
         name = f"step_{step}"
         log.info("rendering previews of step %d", step)
         try:
-            self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step)
+            self._render(name, adapter, [scale for scale in self.settings.scales if scale != 0], step, between)
             for folder in [self.folder / name] if self._base_shown else [self.folder / "base", self.folder / name]:
                 self._show(folder, steps, step)
             self._base_shown = True
@@ -125,7 +132,14 @@ class Previews:
             tag = f"previews/{Path(preview['file']).stem}"
             steps.record_audio(tag, audio.mean(dim=0, keepdim=True), rate, spectrogram(audio), step)
 
-    def _render(self, name: str, adapter: Adapter | None, scales: Sequence[float], step: int) -> None:
+    def _render(
+        self,
+        name: str,
+        adapter: Adapter | None,
+        scales: Sequence[float],
+        step: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         run = self.run
         with replacing_folder(self.folder / name) as partial:
             saved = None
@@ -143,6 +157,7 @@ class Previews:
                 device=run.device,
                 dtype=run.dtype,
                 folder=partial,
+                between=between,
             )
             if not files:
                 raise UserError(f"all music was made of numbers that are not finite in {run.dtype}")
