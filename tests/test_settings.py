@@ -58,6 +58,7 @@ MISTAKES = {
     "adapter.dropout=1": "adapter.dropout=1.0",
     "adapter.target_modules=[]": "adapter.target_modules is empty",
     "optim.lr=0": "optim.lr=0.0 must be above 0",
+    "optim.lr=${nope}": "Interpolation key 'nope' not found",
     "optim.lr=nan": "optim.lr=nan must be a finite number",
     "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
     "schedule.warmup_steps=-1": "schedule.warmup_steps=-1 must not be negative",

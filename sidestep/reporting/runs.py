@@ -130,7 +130,8 @@ def collect_points(sweep_dir: Path) -> list[Point]:
         )
     queued = queued_jobs()
     planned_in = {planned.folder: planned for planned in plan.points if planned.folder} if plan is not None else {}
-    points, begun = [], set()
+    points: list[Point] = []
+    begun: set[str | tuple[str, ...]] = set()
     for folder in folders:
         attempt, planned = read_point(folder), planned_in.get(folder.name)
         begun.add(folder.name)
