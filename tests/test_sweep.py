@@ -374,7 +374,7 @@ def test_training_losses_on_other_songs_or_models_are_not_ranked(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         PointRecord(overrides=[f"seed={name}"], status="finished", objective=1.0).write(folder)
-        (folder / "run.json").write_text(json.dumps({"status": "finished", "settings": settings}))
+        (folder / "run.json").write_text(json.dumps({"status": "finished", "smoothed_loss": 1.0, "settings": settings}))
     points = collect_points(tmp_path)
     assert "evaluated in 2 ways" in as_table(points, tmp_path)
     assert ranked(points) == []
