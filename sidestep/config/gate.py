@@ -200,9 +200,9 @@ def to_dataclass(config: DictConfig, root: type[T]) -> T:
     Raises:
         UserError: for a setting that does not exist, is missing, or contradicts another.
     """
-    check_keys(config, root)
-    _refuse_missing(OmegaConf.missing_keys(config))
     try:
+        check_keys(config, root)
+        _refuse_missing(OmegaConf.missing_keys(config))
         for key, value in _numbers(config):
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{key}={value} must be a finite number")
