@@ -11,6 +11,7 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,6 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -29,15 +29,19 @@ from omegaconf.errors import OmegaConfBaseException
 from sidestep.config.gate import (
     VERSION_BASE,
     check_keys,
+    check_local,
+    check_swept,
     compose_or_explain,
     conf_dir,
     explain,
     launches_sweep,
+    parse_overrides,
     to_dataclass,
     with_params,
 )
 from sidestep.config.help import help_page
 from sidestep.config.naming import swept_keys
+from sidestep.config.settings import check_name
 from sidestep.errors import PointFailed, UserError, shared
 from sidestep.processes import join_processes, rank
 from sidestep.sweep import end_sweep, record_point
@@ -110,6 +114,11 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
         sys.exit(128 + signal.SIGINT)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(explain(error, command, typed.overrides))
+    except BrokenExecutor:  # of a sweep whose points are not known beforehand
+        sys.exit(
+            "a process of this sweep was killed, perhaps because memory ran out; the same command goes on, with less "
+            "memory where hydra.launcher.n_jobs is smaller"
+        )
     except ValueError as error:
         if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them
             raise
@@ -123,14 +132,21 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
     if not typed.multirun and not launches_sweep(name, [*overrides, *typed.overrides]):
         to_dataclass(compose_or_explain(name, [*overrides, *typed.overrides]), root)
         return
-    parsed = OverridesParser.create().parse_overrides(typed.overrides)
-    # of a sweep only names and types, and only of one point: a bad point must not stop the others
-    overrides += [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    check_keys(compose_or_explain(name, overrides), root)
-    searched = [o for o in overrides if o.startswith("hydra.searchpath=")]
-    swept = swept_keys(with_params(name, [*searched, *typed.overrides]))
-    if swept and "swept" in {field.name for field in fields(root)}:
-        sys.argv.append(f"swept=[{','.join(swept)}]")
+    check_local([*overrides, *typed.overrides])
+    given = parse_overrides(with_params(name, [*overrides, *typed.overrides]))
+    last = {override.key_or_group: override for override in given}
+    swept = [override for override in last.values() if override.is_sweep_override()]
+    fixed = [o.input_line for o in last.values() if not o.is_sweep_override() and o.input_line]
+    config = compose_or_explain(name, fixed)
+    if swept:  # a bad point must not stop the others, so only what all of them share is refused
+        check_keys(config, root)
+        check_swept(name, config, fixed, swept)
+    else:
+        to_dataclass(config, root)
+    if "swept" in {field.name for field in fields(root)}:
+        check_name(config.name)
+        if unnamed := swept_keys(swept):
+            sys.argv.append(f"swept=[{','.join(unnamed)}]")
 
 
 def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], Any]:

@@ -29,11 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.config.cluster import SlurmConfig
 from sidestep.errors import PointFailed, UserError
+from sidestep.files import hashes_of
 from sidestep.processes import rank, slurm_job
 from sidestep.records import parse_record
 from sidestep.reporting.runs import PlannedPoint, PointRecord, objective_of, queued_jobs, read_plan, read_point
-from sidestep.sweep import add_to_plan, update_tables
-from sidestep.times import now
+from sidestep.sweep import add_to_plan, is_grid, update_tables
+from sidestep.times import at, now
 from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -170,10 +171,18 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
     logging.getLogger("sidestep").setLevel(logging.INFO)
     if shutil.which("sbatch") is None:
         raise UserError("cluster=slurm needs sbatch, which is not here; type this on a login node of the cluster")
+    if not cluster.wait and not is_grid(job.config.hydra.sweeper):
+        raise UserError(
+            "cluster.wait=false leaves before there is a result, and this sweep chooses each point by those before it; "
+            "leave cluster.wait out, in tmux or the like, or name the points as in optim.lr=1e-4,3e-4"
+        )
     sweep_dir = Path(job.config.hydra.sweep.dir)
     sweep_dir.mkdir(parents=True, exist_ok=True)
     if "%" in str(sweep_dir.absolute()):
-        raise UserError(f"{sweep_dir.absolute()} has a % in it, which Slurm reads as a pattern; use another name=...")
+        where = "name" if "swept" in job.config else "dataset_dir"
+        raise UserError(
+            f"{sweep_dir.absolute()} has a % in it, which Slurm reads as a pattern; use another {where}=..."
+        )
     folders = [sweep_dir / str(job.point_config(overrides).hydra.sweep.subdir) for overrides in points]
     jobs = _known_jobs(sweep_dir, folders)
     finished = {
@@ -267,19 +276,32 @@ def _python(cluster: SlurmConfig) -> str:
 def is_finished(job: SlurmJob, overrides: Sequence[str], folder: Path) -> bool:
     """Whether a point was finished before with exactly these settings, so that no job is needed to find out.
 
-    A part of a dataset never is: only its job reads the songs, and can tell whether they are the same.
+    A part of a dataset never is: only its job reads the songs, and can tell whether they are the same. Nor is a point
+    whose dataset was written since, or whose files are not as they were written.
     """
     try:
         record = parse_record((folder / "run.json").read_text(encoding="utf-8"))
-        if record["status"] != "finished" or not all((folder / "final" / name).is_file() for name in record["final"]):
+        if record["status"] != "finished" or not record["final"]:
             return False
         config = job.point_config(overrides)
         with open_dict(config):
             del config["hydra"]
         settings = json.loads(json.dumps(asdict(cast(Any, OmegaConf.to_object(config))), default=str))
-        return _without_cluster(record["config"]) == _without_cluster(settings)
+        if _without_cluster(record["config"]) != _without_cluster(settings):
+            return False
+        datasets = [Path(settings[key]) for key in ("dataset_dir", "prior_dataset_dir") if settings[key] is not None]
+        if not settings["toy"] and any(_changed_after(record["finished"], dataset) for dataset in datasets):
+            return False
+        hashes = hashes_of(folder / "final")  # other files may lie there too
+        return all(hashes.get(name) == written for name, written in record["final"].items())
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OmegaConfBaseException):
         return False  # the job will say what is wrong
+
+
+def _changed_after(finished: str, dataset: Path) -> bool:
+    """Whether a dataset was written after a point was finished; others' tensor files have no list of songs."""
+    listing = dataset / "songs.jsonl"  # as data.manifest calls it, which imports torch
+    return at((listing if listing.exists() else dataset).stat().st_mtime) > finished
 
 
 def _without_cluster(settings: dict[str, Any]) -> dict[str, Any]:

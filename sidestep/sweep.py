@@ -14,18 +14,21 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Sweep
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
+from sidestep.config.gate import parse_overrides
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.processes import rank, slurm_job
 from sidestep.reporting.page import write_page
@@ -57,7 +60,7 @@ class SweepPlan(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, in the process that launches the sweep."""
-        if rank() == 0 and not _is_grid(config.hydra.sweeper):
+        if rank() == 0 and not is_grid(config.hydra.sweeper):
             start_plan(Path(config.hydra.sweep.dir), [])
 
 
@@ -99,14 +102,18 @@ def sweep_grid(sweeper: Any, typed: Sequence[str]) -> list[Sequence[JobReturn]]:
         typed: what was typed for the sweep.
 
     Raises:
-        UserError: if two points would share a folder, or one would lie in the folder of another sweep.
+        UserError: if there are no points, two would share a folder, or one would lie in the folder of another sweep.
         PointFailed: if a point failed, after all of them.
     """
     config = sweeper.config
     sweep_dir = Path(config.hydra.sweep.dir)
-    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    size = sweeper.max_batch_size
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise UserError(f"hydra.sweeper.max_batch_size={size} must be a whole number from 1 on")
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    batches = sweeper.split_arguments(parser.parse_overrides([*params, *typed]), sweeper.max_batch_size)
+    parsed = parser.parse_overrides([*_params(sweeper.params), *typed])
+    _refuse_no_values(parsed)
+    batches = sweeper.split_arguments(parsed, size)
     folders: dict[str, Sequence[str]] = {}
     returned: list[Sequence[JobReturn]] = []
     keeps_plan = rank() == 0 and "sweep" in config.hydra.callbacks
@@ -121,11 +128,115 @@ def sweep_grid(sweeper: Any, typed: Sequence[str]) -> list[Sequence[JobReturn]]:
             start_plan(sweep_dir, [point for each in batches for point in each])
         if keeps_plan:
             add_to_plan(sweep_dir, planned)
-        returned.append(sweeper.launch(batch, len(folders) - len(batch)))
+        places = [sweep_dir / point.folder for point in planned]
+        returned.append(launch_points(sweeper.launch, batch, places, len(folders) - len(batch)))
     for done in returned:
         for point_return in done:
-            _ = point_return.return_value  # raises if the point failed
+            if point_return.status is JobStatus.FAILED:
+                raise point_return._return_value  # not return_value, which prints all that was typed for the point
     return returned
+
+
+def _params(params: Mapping[str, Any] | None) -> list[str]:
+    """What a sweep's file has, as if it was typed."""
+    return [f"{key}={value}" for key, value in (params or {}).items()]
+
+
+def _refuse_no_values(parsed: Sequence[Override]) -> None:
+    """Refuse several values that are none, or among which Hydra would take glob(...) for one.
+
+    Raises:
+        UserError: naming what was typed.
+    """
+    for override in {override.get_key_element(): override for override in parsed}.values():
+        values = override.value()
+        if isinstance(values, ChoiceSweep) and any(isinstance(value, Glob | Sweep) for value in values.list):
+            raise UserError(f"{override.input_line}: glob(...) or range(...) stands alone, and not among other values")
+        if override.is_discrete_sweep() and not any(True for _ in override.sweep_string_iterator()):
+            raise UserError(f"{override.input_line} gives {override.key_or_group} no value, so there are no points")
+
+
+def launch_points(
+    launch: Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]],
+    points: Sequence[Sequence[str]],
+    folders: Sequence[Path],
+    first_number: int,
+) -> list[JobReturn]:
+    """Launch points; if one of several processes is killed, do what is left.
+
+    All processes of a launcher end with one that is killed, and it is not known which point was too much for it. So
+    those that were under way go on one at a time, where there is more memory for each; what is killed then, has failed.
+
+    Args:
+        launch: starts points, given the number of the first.
+        points: what is typed for each.
+        folders: of the points.
+        first_number: of the first point.
+
+    Raises:
+        UserError: if processes are killed before they begin a point.
+    """
+    returned: dict[int, JobReturn] = {}
+    rounds = [list(range(len(points)))]
+    while rounds:
+        together, began = rounds.pop(0), now()
+        try:
+            done = launch([points[number] for number in together], first_number + together[0])
+            returned.update(zip(together, done, strict=True))
+            continue
+        except BrokenExecutor:
+            _wait_until_gone([folders[number] for number in together])
+        cut_off, left = [], []
+        for number in together:
+            attempt = read_point(folders[number])
+            if attempt is not None and attempt.status in ("finished", "failed") and attempt.ended >= began:
+                returned[number] = _came_to(attempt)
+            elif attempt is not None and attempt.status == "running" and attempt.started >= began:
+                cut_off.append(number)
+            else:
+                left.append(number)
+        if len(left) == len(together):
+            raise UserError("the processes of this sweep were killed before they began a point; look at the memory")
+        if cut_off == together and len(together) == 1:
+            returned[together[0]] = _killed(folders[together[0]])
+            continue
+        log.warning(
+            "a process of this sweep was killed, perhaps because memory ran out; %d points that were under way go on "
+            "one at a time, then %d others together; fewer at once need less memory",
+            len(cut_off),
+            len(left),
+        )
+        rounds = [*([number] for number in cut_off), *([left] if left else []), *rounds]
+    return [returned[number] for number in range(len(points))]
+
+
+def _wait_until_gone(folders: Sequence[Path]) -> None:
+    """Wait a little for processes that are being ended, so that their points are not taken to be busy."""
+    for _ in range(100):
+        attempts = [attempt for folder in folders if (attempt := read_point(folder)) is not None]
+        if not any(attempt.status == "running" and is_alive(attempt, None) for attempt in attempts):
+            return
+        time.sleep(0.1)
+
+
+def _killed(folder: Path) -> JobReturn:
+    """Write down that the process of a point was killed."""
+    attempt = read_point(folder)
+    assert attempt is not None
+    attempt.status, attempt.ended = "failed", now()
+    attempt.error = "its process was killed, perhaps because memory ran out"
+    log.error("%s: %s", folder, attempt.error)
+    attempt.write(folder)
+    update_tables(folder.parent)
+    return _came_to(attempt)
+
+
+def _came_to(attempt: PointRecord) -> JobReturn:
+    """What a point returns whose process could not say so itself."""
+    if attempt.status == "failed":
+        failure = PointFailed(attempt.error)
+        return JobReturn(overrides=attempt.overrides, status=JobStatus.FAILED, _return_value=failure)
+    return JobReturn(overrides=attempt.overrides, status=JobStatus.COMPLETED, _return_value=attempt.objective)
 
 
 def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], number: int) -> str:
@@ -147,7 +258,8 @@ def _are_one_point(one: Sequence[str], other: Sequence[str], folder: Path) -> st
     return f"{what} would share the folder {folder}; leave one of them out, or type another command for it"
 
 
-def _is_grid(sweeper: DictConfig) -> bool:
+def is_grid(sweeper: DictConfig) -> bool:
+    """Whether all points of a sweep are known before any is launched."""
     return str(sweeper._target_).endswith((".GridSweeper", ".BasicSweeper"))
 
 
@@ -157,11 +269,14 @@ def points_of(sweeper: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
     Args:
         sweeper: Hydra's settings of it, ``hydra.sweeper``.
         overrides: what was typed for the sweep.
+
+    Raises:
+        UserError: if there are none.
     """
-    if not _is_grid(sweeper):
+    if not is_grid(sweeper):
         return []
-    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+    parsed = parse_overrides([*_params(sweeper.params), *overrides])
+    _refuse_no_values(parsed)
     return [point for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
 
 

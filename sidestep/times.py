@@ -8,7 +8,12 @@ import time
 
 def now() -> str:
     """The time in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return at(time.time())
+
+
+def at(seconds: float) -> str:
+    """A time as :func:`now` writes it, from seconds since 1970."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def seconds_between(start: str, end: str) -> float:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
 
 from sidestep import slurm
 from sidestep.config.cluster import SlurmConfig
-from sidestep.config.gate import conf_dir, launches_sweep
+from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, launches_sweep, to_dataclass
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
+from sidestep.files import hashes_of
 from sidestep.reporting.runs import Plan, PlannedPoint, Point, as_csv, same_point
 from sidestep.times import now
 from tests.factories import preprocess_config, train_config
@@ -72,6 +78,48 @@ def test_where_there_is_no_slurm_nothing_runs_and_one_line_says_so(tmp_path, mon
         "cluster=slurm needs sbatch, which is not here; type this on a login node of the cluster"
     ]
     assert not list(tmp_path.glob("outputs/s/*/"))
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "answer"),
+    [
+        ("train", ["dataset_dir=d", "sweep=optuna", "cluster.wait=false"], "cluster.wait=false leaves before there is"),
+        ("train", ["name=k", "seed=0,1"], "dataset_dir must be set"),
+        ("preprocess", ["audio_dir=a", "dataset_dir=d", "num_shards=2"], "shard and num_shards belong together"),
+        ("preprocess", ["audio_dir=a", "dataset_dir=d%", "num_shards=1", "shard=0"], "use another dataset_dir=..."),
+    ],
+)
+def test_what_no_job_could_do_is_not_submitted(tmp_path, monkeypatch, command, typed, answer):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\ntouch submitted\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, text = run(tmp_path, *typed, "cluster=slurm", command=command)
+    assert code == 1
+    assert answer in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "submitted").exists()
+
+
+def test_a_point_is_finished_only_while_its_files_and_songs_are_as_they_were(tmp_path, dataset_dir):
+    typed = ["model_variant=base", f"dataset_dir={dataset_dir}", "name=s"]
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        composed = compose("train", typed, return_hydra_config=True)
+    job = SimpleNamespace(point_config=lambda overrides: composed.copy())
+    adapter = tmp_path / "final/adapter.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"weights")
+    config = asdict(to_dataclass(compose_or_explain("train", typed), TrainConfig))
+    record = {"status": "finished", "config": config, "final": hashes_of(adapter.parent), "finished": now()}
+
+    def is_finished(**changes: object) -> bool:
+        (tmp_path / "run.json").write_text(json.dumps(record | changes, default=str))
+        return slurm.is_finished(job, typed, tmp_path)
+
+    assert is_finished()
+    assert not is_finished(finished="2020-01-01T00:00:00Z")  # before the songs were preprocessed
+    assert not is_finished(config=config | {"seed": 5})
+    adapter.write_bytes(b"weight")
+    assert not is_finished()
 
 
 def test_jobs_are_not_submitted_again_while_the_queue_cannot_be_asked(tmp_path, monkeypatch):

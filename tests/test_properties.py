@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -87,10 +89,18 @@ def test_other_seeds_give_other_runs(one, other, overrides):
 @example("data/a-b", "data/a/b")
 @example("日本", "中国")
 def test_other_values_give_other_runs_though_a_name_has_few_characters(one, other):
-    assume(one != other)
+    assume(_read(one) != _read(other))
     assert run_name("lora", "base", [f"adapter.note={one}"], "x") != run_name(
         "lora", "base", [f"adapter.note={other}"], "x"
     )
+
+
+def _read(value: str) -> object:
+    """What Hydra reads, for which a space before or after it, or in a list, means nothing."""
+    try:
+        return OverridesParser.create().parse_override(f"adapter.note={value}").value()
+    except HydraException:
+        return value
 
 
 @given(st.floats(1e-12, 1e12))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.captioner import OpenAIConfig
 from sidestep.cli import quick_imports, read_arguments
@@ -58,6 +59,7 @@ MISTAKES = {
     "adapter.dropout=1": "adapter.dropout=1.0",
     "adapter.target_modules=[]": "adapter.target_modules is empty",
     "optim.lr=0": "optim.lr=0.0 must be above 0",
+    "optim.lr=${nope}": "Interpolation key 'nope' not found",
     "optim.lr=nan": "optim.lr=nan must be a finite number",
     "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
     "schedule.warmup_steps=-1": "schedule.warmup_steps=-1 must not be negative",
@@ -221,6 +223,27 @@ def test_run_names_ignore_order_and_spelling_and_stay_short():
     long = run_name("lora", "base", [modules], "x")
     assert len(long) <= 64
     assert long != run_name("lora", "base", [modules.replace("up", "down")], "x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[q_proj, v_proj]", "['a b',c]", "[0.90,1e-4,'x']", "{q_proj: 8, v_proj:4}", "a b", "'a b'", "[]", "[null, True]"],
+)
+def test_a_value_names_the_same_run_when_typed_alone_and_in_a_sweep(value):
+    """A sweep hands on what Hydra makes of a value: without spaces, numbers and quotes in its own way."""
+    key = "adapter.target_modules"
+    swept = OverridesParser.create().parse_override(f"{key}=choice({value},other)")
+    in_a_sweep = next(iter(swept.sweep_string_iterator()))
+    alone = OverridesParser.create().parse_override(f"{key}={value}").get_value_element_as_str()
+    names = {run_name("lora", "base", [f"{key}={spelling}"], "x") for spelling in (value, in_a_sweep, alone)}
+    assert len(names) == 1
+
+
+def test_lists_and_mappings_that_differ_name_different_runs():
+    values = ["[a,b]", "['a,b']", "[[a],b]", "[a,[b]]", "{a:b}", "[a]", "['']", "[]"]
+    assert len({run_name("lora", "base", [f"adapter.target_modules={value}"], "x") for value in values}) == len(values)
+    one, same = ("adapter.rank_pattern={q:1,v:2}", "adapter.rank_pattern={v: 2, q: 1}")
+    assert run_name("lora", "base", [one], "x") == run_name("lora", "base", [same], "x")
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,33 @@ import signal
 import socket
 import time
 import weakref
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
 from safetensors.torch import load_file
 
 import sidestep.sweep
 from sidestep.acestep.checkpoint import Checkpoint
+from sidestep.config.gate import check_swept, compose_or_explain, parse_overrides
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.report import report_command
-from sidestep.reporting.runs import Plan, PlannedPoint, PointRecord, as_table, collect_points, read_plan, read_point
-from sidestep.sweep import record_point
+from sidestep.reporting.runs import (
+    Plan,
+    PlannedPoint,
+    PointRecord,
+    as_table,
+    collect_points,
+    ranked,
+    read_plan,
+    read_point,
+)
+from sidestep.sweep import launch_points, record_point
 from sidestep.times import now
 from tests.factories import report_config
 from tests.forked import run, start
@@ -123,12 +136,12 @@ def test_points_in_one_process_end_as_if_each_had_one_of_its_own(tmp_path, place
 
 def test_a_point_that_another_process_is_training_is_left_alone(tmp_path, places):
     sweep = tmp_path / "outputs/s"
-    code, _ = run(tmp_path, "-m", *places, "max_steps=-1")
+    code, _ = run(tmp_path, "-m", *places, "max_steps=-1,-2")
     assert code == 1
-    (folder,) = (path.parent for path in sweep.glob("*/point.json"))
+    folder, _ = (path.parent for path in sweep.glob("*/point.json"))
     busy = PointRecord(overrides=["max_steps=1"], started=now(), host=socket.gethostname(), process=os.getpid())
     busy.write(folder)
-    code, text = run(tmp_path, "-m", *places, "max_steps=-1")
+    code, text = run(tmp_path, "-m", *places, "max_steps=-1,-2")
     assert code == 1
     assert f"is being trained by process {os.getpid()} on {socket.gethostname()}" in text
     assert read_point(folder) == busy
@@ -215,6 +228,57 @@ def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
     assert first.seconds >= 0.2
 
 
+def test_an_experiment_among_the_values_may_bring_what_is_missing():
+    given = parse_overrides(["experiment=demo,null", "seed=0,1"])
+    check_swept("train", compose_or_explain("train", ["name=s"]), ["name=s"], given)
+    with pytest.raises(UserError, match="dataset_dir must be set"):
+        check_swept("train", compose_or_explain("train", ["name=s"]), ["name=s"], given[1:])
+
+
+class Killing:
+    """A launcher of two processes, of which the one that does ``too_much`` is killed, and the other with it."""
+
+    def __init__(self, too_much: Sequence[str]) -> None:
+        self.too_much, self.launched = too_much, []
+
+    def __call__(self, points: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+        self.launched.append([name for (name,) in points])
+        under_way: list[str] = []
+        for (name,) in points:
+            here = {"started": now(), "host": socket.gethostname(), "process": 2**22 + 1}
+            PointRecord(overrides=[name], **here).write(Path(name))
+            under_way.append(name)
+            if name in self.too_much:
+                raise BrokenProcessPool
+            if len(under_way) == 2:
+                done = under_way.pop(0)
+                PointRecord(overrides=[done], status="finished", ended=now(), objective=1.0).write(Path(done))
+        for done in under_way:
+            PointRecord(overrides=[done], status="finished", ended=now(), objective=1.0).write(Path(done))
+        return [JobReturn(overrides=point, status=JobStatus.COMPLETED, _return_value=1.0) for point in points]
+
+
+def test_of_a_process_that_is_killed_only_its_own_point_is_lost(tmp_path, monkeypatch):
+    """Its neighbour goes on by itself, what was finished is not done again, and what was not begun is done."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a", "b", "c", "d", "e"]
+    for name in names:
+        Path(name).mkdir()
+    launcher = Killing(too_much=["c"])
+    returned = launch_points(launcher, [[name] for name in names], [tmp_path / name for name in names], 0)
+    assert launcher.launched == [names, ["b"], ["c"], ["d", "e"]]
+    assert [done.status is JobStatus.COMPLETED for done in returned] == [True, True, False, True, True]
+    assert read_point(tmp_path / "c").error == "its process was killed, perhaps because memory ran out"
+
+
+def test_processes_that_are_killed_before_they_begin_end_the_sweep(tmp_path):
+    def launch(points: Sequence[Sequence[str]], first_number: int) -> list[JobReturn]:
+        raise BrokenProcessPool
+
+    with pytest.raises(UserError, match="were killed before they began a point"):
+        launch_points(launch, [["a"], ["b"]], [tmp_path / "a", tmp_path / "b"], 0)
+
+
 def test_batches_after_one_with_a_failed_point_are_run_too(tmp_path, places):
     code, text = run(tmp_path, "-m", *places, "hydra.sweeper.max_batch_size=1", "max_steps=1", "adapter.rank=0,-1")
     assert code == 1
@@ -238,6 +302,14 @@ def test_what_a_sweep_file_of_ones_own_varies_names_the_points(tmp_path, places)
         (["name=na,nb"], "a sweep has one folder, outputs/s, and outputs/na would be another"),
         (["adapter.rank=2,abc"], "adapter.rank=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["local=mycluter", "seed=0,1"], "local=mycluter: no "),
+        (["local=foo,bar"], "local=foo: no "),
+        (["hydra.sweeper.max_batch_size=0", "seed=0,1"], "hydra.sweeper.max_batch_size=0 must be a whole number"),
+        (["adapter=glob(zz*)"], "adapter=glob(zz*) gives adapter no value, so there are no points"),
+        (["seed=range(0,0)"], "seed=range(0,0) gives seed no value"),
+        (["adapter=glob(*),lora"], "adapter=glob(*),lora: glob(...) or range(...) stands alone"),
+        (["dataset_dir=???", "seed=0,1", "adapter=lora,lokr"], "dataset_dir must be set, for example dataset_dir="),
+        (["adapter.rank=0"], "adapter.rank=0 must be at least 1"),
+        (["name=../x", "seed=0,1"], "name='../x' must be a plain folder name"),
     ],
 )
 def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
@@ -246,6 +318,7 @@ def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
     assert answer in text
     assert "Traceback" not in text
     assert not list(tmp_path.glob("outputs/*/*"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_parts_are_all_that_several_values_make_of_a_dataset(tmp_path):
@@ -301,6 +374,35 @@ def test_points_that_were_not_begun_are_in_the_table_too(tmp_path):
     assert table[1].split() == ["a", "finished", "0.5000", "2", "min"]
     assert table[2].split() == ["seed=2", "waiting"]
     assert table[-1] == "1 finished, 1 waiting"
+
+
+def test_a_run_that_was_typed_by_itself_and_then_in_a_sweep_is_one_row(tmp_path):
+    """On a cluster nobody begins what is finished, so it never gets a record of the sweep."""
+    for name, status in (("a", "finished"), ("b", "interrupted")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"status": status, "smoothed_loss": 0.5}))
+    planned = [PlannedPoint(overrides=[f"adapter={name}", "seed=1"], folder=name) for name in ("a", "b", "c")]
+    Plan(launched="2026-11-22T10:00:00Z", points=planned).write(tmp_path)
+    rows = collect_points(tmp_path)
+    assert [(row.name, row.status) for row in rows] == [("a", "finished"), ("b", "interrupted"), ("", "waiting")]
+    assert all(row.settings["seed"] == "1" for row in rows)
+
+
+def test_a_single_point_that_was_not_begun_is_called_by_what_was_typed(tmp_path):
+    Plan(launched=now(), points=[PlannedPoint(overrides=["adapter=lora"], folder="a")]).write(tmp_path)
+    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["adapter=lora", "waiting"]
+
+
+def test_training_losses_on_other_songs_or_models_are_not_ranked(tmp_path):
+    for name, settings in (("a", {"dataset": "1"}), ("b", {"dataset": "2"}), ("c", {"dataset": "1", "seed": 3})):
+        folder = tmp_path / name
+        folder.mkdir()
+        PointRecord(overrides=[f"seed={name}"], status="finished", objective=1.0).write(folder)
+        (folder / "run.json").write_text(json.dumps({"status": "finished", "smoothed_loss": 1.0, "settings": settings}))
+    points = collect_points(tmp_path)
+    assert "evaluated in 2 ways" in as_table(points, tmp_path)
+    assert ranked(points) == []
+    assert len(ranked([points[0], points[2]])) == 2
 
 
 def test_of_many_points_the_terminal_shows_the_best_and_counts_the_rest(tmp_path):

@@ -5,10 +5,11 @@ Nothing past :func:`to_dataclass` sees OmegaConf.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,7 +17,9 @@ from typing import Any, TypeVar, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverrideParseException, OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -53,7 +56,7 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: one line for anything Hydra or OmegaConf refuses.
     """
-    _check_local(overrides)
+    check_local(overrides)
     for typed in overrides:
         if typed.startswith("~") and not typed.startswith("~hydra"):  # Hydra's own may be left out
             key = typed[1:].partition("=")[0]
@@ -75,19 +78,57 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
             raise UserError(nothing) from error
 
 
-def _check_local(overrides: Sequence[str]) -> None:
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Read what was typed, so that ``glob(...)`` knows the options of its group."""
+    with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(overrides))
+
+
+def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: Sequence[Override]) -> None:
+    """Refuse a setting that every point of a sweep lacks.
+
+    Args:
+        command: name of the YAML in conf/.
+        config: composed of what was typed with one value.
+        fixed: what was typed with one value.
+        swept: what was given several.
+
+    Raises:
+        UserError: naming it.
+    """
+    missing = OmegaConf.missing_keys(config) - {o.key_or_group for o in swept}
+    for override in swept:
+        if missing and override.is_discrete_sweep():
+            for value in override.sweep_string_iterator():  # an experiment may bring what is missing
+                typed = f"{override.key_or_group}={value}"
+                with contextlib.suppress(UserError):  # of one point only
+                    missing &= OmegaConf.missing_keys(compose_or_explain(command, [*fixed, typed]))
+    _refuse_missing(missing)
+
+
+def _refuse_missing(keys: Iterable[str]) -> None:
+    if missing := sorted(keys):
+        example = EXAMPLES.get(missing[0], f"{missing[0]}=...")
+        raise UserError(f"{', '.join(missing)} must be set, for example {example}")
+
+
+def check_local(overrides: Sequence[str]) -> None:
     """Refuse a file of one's own that is not there: Hydra would pass over it, and a run meant for a cluster begin here.
 
     Raises:
         UserError: naming the file.
     """
     for typed in overrides:
-        key, _, value = typed.partition("=")
-        if key != "local" or value == "null":
+        key, _, values = typed.partition("=")
+        if key != "local":
             continue
         paths = [path for other in overrides for path in re.findall(r"file://([^,\]]+)", other)]  # of --config-dir
         folders = [folder / "local" for folder in (conf_dir(), *map(Path, paths))]
-        if not any((folder / f"{value}.yaml").is_file() for folder in folders):
+        for value in values.split(","):
+            if value == "null" or any((folder / f"{value}.yaml").is_file() for folder in folders):
+                continue
             known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
             there = f"there are {', '.join(known)}" if known else "there is none"
             raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
@@ -159,16 +200,14 @@ def to_dataclass(config: DictConfig, root: type[T]) -> T:
     Raises:
         UserError: for a setting that does not exist, is missing, or contradicts another.
     """
-    check_keys(config, root)
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        example = EXAMPLES.get(missing[0], f"{missing[0]}=...")
-        raise UserError(f"{', '.join(missing)} must be set, for example {example}")
-    for key, value in _numbers(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value} must be a finite number")
-        if abs(value) > (most := largest(key, value)):
-            raise UserError(f"{key}={value} is too large; it may be {most:g} at most")
     try:
+        check_keys(config, root)
+        _refuse_missing(OmegaConf.missing_keys(config))
+        for key, value in _numbers(config):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{key}={value} must be a finite number")
+            if abs(value) > (most := largest(key, value)):
+                raise UserError(f"{key}={value} is too large; it may be {most:g} at most")
         return cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):

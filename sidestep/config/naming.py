@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 NAMED_BY_CHOICE = ("adapter", "model_variant")
@@ -90,8 +94,30 @@ def _is_number(value: str) -> bool:
 
 
 def _plain(value: str) -> str:
-    """The same text for 1e-4, 0.0001 and Hydra's own spelling of it inside a sweep."""
-    value = value.strip("'\"")
+    """The same text for every spelling of a value, also Hydra's own in a sweep: 1e-4 and 0.0001, [a, b] and ['a',b]."""
+    if re.fullmatch("[A-Za-z0-9._+/-]*", value):  # nothing for Hydra to read, which takes time
+        return _plain_word(value)
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:  # it is refused elsewhere
+        return _plain_word(value.strip("'\""))
+    if isinstance(parsed, list | dict):
+        return _spelled(parsed)
+    return _plain_word(parsed if isinstance(parsed, str) else value.strip())
+
+
+def _spelled(value: Any) -> str:
+    """A list or mapping without spaces, where only those words have quotes that could be read as something else."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(sorted(f'{_spelled(key)}:{_spelled(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, str) and not re.fullmatch("[A-Za-z0-9._+/-]+", value):
+        return json.dumps(value)
+    return _plain_word("null" if value is None else str(value))
+
+
+def _plain_word(value: str) -> str:
     if re.fullmatch(r"[+-]?[0-9]+", value):
         return str(int(value))  # not through a float, which tells no large seeds apart
     if not _is_number(value):
@@ -100,16 +126,15 @@ def _plain(value: str) -> str:
     return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number).replace("e+", "e")
 
 
-def swept_keys(overrides: Sequence[str]) -> list[str]:
+def swept_keys(swept: Sequence[Override]) -> list[str]:
     """Settings that a sweep gives several values and that would not name a run by themselves.
 
     Points that differ in nothing else would share a folder, so ``run_name`` names them when told by ``swept=[...]``.
 
     Args:
-        overrides: what a sweep's file has in ``hydra.sweeper.params`` and then what was typed, as ``key=value``.
+        swept: what was given several values.
     """
-    last = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(list(overrides))}
-    return [key for key, o in last.items() if o.is_sweep_override() and _first_word(key) in NOT_NAMED]
+    return [override.key_or_group for override in swept if _first_word(override.key_or_group) in NOT_NAMED]
 
 
 def _first_word(key: str) -> str:

@@ -286,8 +286,7 @@ class TrainConfig:
             raise UserError(f"data.prior_weight={self.data.prior_weight:g} has no effect without prior_dataset_dir=...")
         one_line(self, "name", "checkpoint_dir", "dataset_dir")
         filled(self, "name", "checkpoint_dir", "dataset_dir")
-        if not self.name or self.name in (".", "..") or "/" in self.name or os.sep in self.name:
-            raise UserError(f"name={self.name!r} must be a plain folder name, for example name=first")
+        check_name(self.name)
 
 
 @root("preprocess_schema")
@@ -610,6 +609,12 @@ def above_zero(config: object, *keys: str) -> None:
         value = getattr(config, key)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{key}={value} must be above 0")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of a run or sweep that is not a folder below outputs/."""
+    if not name or name in (".", "..") or "/" in name or os.sep in name:
+        raise UserError(f"name={name!r} must be a plain folder name, for example name=first")
 
 
 def filled(config: object, *keys: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import calendar
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -128,13 +129,15 @@ def collect_points(sweep_dir: Path) -> list[Point]:
             f"python -m sidestep.train -m name=<name> ..."
         )
     queued = queued_jobs()
-    jobs = {planned.folder: planned.job for planned in plan.points} if plan is not None else {}
-    points, begun = [], set()
+    planned_in = {planned.folder: planned for planned in plan.points if planned.folder} if plan is not None else {}
+    points: list[Point] = []
+    begun: set[str | tuple[str, ...]] = set()
     for folder in folders:
-        attempt = read_point(folder)
+        attempt, planned = read_point(folder), planned_in.get(folder.name)
+        begun.add(folder.name)
         if attempt is not None:
-            begun |= {folder.name, same_point(attempt.overrides)}
-        points.append(_point(folder, attempt, jobs.get(folder.name, ""), queued))
+            begun.add(same_point(attempt.overrides))
+        points.append(_point(folder, attempt, planned, queued))
     for planned in plan.points if plan is not None else []:
         if (planned.folder or same_point(planned.overrides)) not in begun:
             status = "waiting"
@@ -144,7 +147,9 @@ def collect_points(sweep_dir: Path) -> list[Point]:
     return points
 
 
-def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str, str] | None) -> Point:
+def _point(
+    folder: Path, attempt: PointRecord | None, planned: PlannedPoint | None, queued: dict[str, str] | None
+) -> Point:
     record = _read_json(folder / RUN, parse_record)
     trained = record.get("status") == "finished"
     point = Point(
@@ -160,9 +165,15 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
         began = PointRecord(overrides=[], **{key: record[key] for key in _BEGAN if key in record})
         if is_alive(began, queued) is False:
             point.status, point.error = "interrupted", point.error or "its process ended without a word"
+    job = planned.job if planned is not None else ""
+    in_queue = bool(job) and queued is not None and job in queued
     if attempt is None:  # a run that was typed by itself
         chosen = record.get("settings", {})
         point.settings = {key: str(chosen[key]) for key in ("adapter", "optim.lr") if key in chosen}
+        if planned is not None:  # and then in a sweep
+            point.settings = _settings(planned.overrides)
+        if point.status != "running" and in_queue:
+            point.status, point.where = "submitted", job
         return point
     point.settings, point.seconds = _settings(attempt.overrides), attempt.seconds
     point.where = attempt.job or attempt.host
@@ -174,7 +185,7 @@ def _point(folder: Path, attempt: PointRecord | None, job: str, queued: dict[str
     if attempt.status == "running" and is_alive(attempt, queued) is False:
         point.status = "interrupted"
         point.error = point.error or "its process ended without a word"
-    if point.status != "running" and job and job != attempt.job and queued is not None and job in queued:
+    if point.status != "running" and in_queue and job != attempt.job:
         point.status, point.where = "submitted", job
     return point
 
@@ -345,6 +356,7 @@ def rows_of(points: Sequence[Point]) -> list[dict[str, Any]]:
             "train_seconds": round(_finite(point.record.get("train_seconds")) or 0.0, 1),
             "memory_gib": round(_finite(point.record.get("memory_gib")) or 0.0, 2),
             **{f"validation_{key}": (point.record.get("validation") or {}).get(key) for key in _EVALUATED},
+            "trained_on": _trained_on(point),
             "where": point.where,
             "error": point.error,
             "settings": point.settings,
@@ -365,7 +377,7 @@ def ranked(points: Sequence[Point]) -> list[Point]:
 
 
 def ways_of_measuring(points: Sequence[Point]) -> set[str]:
-    """Hashes of what the losses of points, finished or not, were measured on; "" stands for training losses."""
+    """What the losses of points, finished or not, were measured on, each in a word."""
     return {_measured_on(point) for point in points if _is_measured(point)}
 
 
@@ -375,7 +387,23 @@ def _is_measured(point: Point) -> bool:
 
 
 def _measured_on(point: Point) -> str:
-    return str((point.record.get("validation") or {}).get("hash", ""))
+    return str((point.record.get("validation") or {}).get("hash", "")) or _trained_on(point)
+
+
+_TRAINED_ON = (
+    "model_variant", "checkpoint", "checkpoint_constants", "dataset", "data", "timesteps", "objective",
+    "condition_dropout", "max_seconds",
+)  # fmt: skip
+"""Settings, some of them groups, that make a training loss larger or smaller whatever the adapter learns."""
+
+
+def _trained_on(point: Point) -> str:
+    """Names what a training loss was measured on: the model, the songs, and what is drawn from them."""
+    settings = point.record.get("settings") or {}
+    decides = {key: value for key, value in settings.items() if key.partition(".")[0] in _TRAINED_ON}
+    if not decides:
+        return "training loss"
+    return f"training loss {hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def as_csv(points: Sequence[Point]) -> str:
@@ -409,7 +437,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     header = ["point", *columns, "status", "objective", "steps", "time", "where"]
     rows = [
         [
-            p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or "(not begun)",
+            p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or _called(p),
             *(p.settings.get(key, "")[:40] for key in columns),
             p.status,
             "" if p.objective is None else f"{p.objective:.4f}",
@@ -422,7 +450,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     if len(ways) > 1:
         header.append("evaluated")
         for row, p in zip(rows, shown, strict=True):
-            row.append((_measured_on(p) or "training loss") if _is_measured(p) else "")
+            row.append(_measured_on(p) if _is_measured(p) else "")
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -445,7 +473,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
 
 
 def _called(point: Point) -> str:
-    return point.name or " ".join(f"{key}={value}" for key, value in point.settings.items())
+    return point.name or " ".join(f"{key}={value}" for key, value in point.settings.items()) or "(not begun)"
 
 
 def _keys(points: Sequence[Point]) -> list[str]:

@@ -18,7 +18,9 @@
   // ---- what is comparable
 
   const heldOut = (run) => run.validation_best_loss;
-  const ways = new Set(runs.filter((run) => run.objective !== null || heldOut(run) !== null).map((run) => run.validation_hash || ""));
+  const measured = runs.filter((run) => run.objective !== null || heldOut(run) !== null);
+  const measuredOn = (run) => run.validation_hash || run.trained_on;
+  const ways = new Set(measured.map(measuredOn));
   const validated = runs.some((run) => heldOut(run) !== null);
   const ranked = runs.filter((run) => run.rank !== null).sort((a, b) => a.rank - b.rank); // none if they do not compare
   const keys = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
@@ -59,8 +61,8 @@
           { name: "training songs", value: (r) => r.validation_train_loss, number: true },
         ]
       : []),
-    ...(ways.has("") || !validated ? [{ name: "smoothed loss", value: (r) => (r.validation_hash ? null : r.objective), number: true }] : []),
-    ...(ways.size > 1 ? [{ name: "evaluated", value: (r) => r.validation_hash ?? "" }] : []),
+    ...(!validated || measured.some((run) => !run.validation_hash) ? [{ name: "smoothed loss", value: (r) => (r.validation_hash ? null : r.objective), number: true }] : []),
+    ...(ways.size > 1 ? [{ name: "evaluated", value: measuredOn }] : []),
     { name: "steps", value: (r) => r.step, show: (r) => (r.num_steps ? `${r.step} of ${r.num_steps}` : ""), number: true },
     { name: "time of steps", value: (r) => r.train_seconds, show: (r) => duration(r.train_seconds), number: true },
     ...(runs.some((r) => r.seconds) ? [{ name: "time in all", value: (r) => r.seconds, show: (r) => duration(r.seconds), number: true }] : []),
