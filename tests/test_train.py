@@ -276,7 +276,7 @@ def test_a_record_with_values_of_other_kinds_is_passed_over_with_a_warning(tmp_p
     assert read_record(tmp_path / "run.json") == {}
     assert "cannot be understood" in caplog.text
     caplog.clear()
-    point = _point(tmp_path, None, "", None)
+    point = _point(tmp_path, None, None, None)
     assert point.record == {}
     assert "passing over" in caplog.text
 
