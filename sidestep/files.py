@@ -85,6 +85,14 @@ def refuse_pipe(path: Path) -> None:
         raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
 
 
+class LogFile(logging.FileHandler):
+    """The log of a command; unlike its parent it does not wait for ever at a named pipe."""
+
+    def __init__(self, filename: str, encoding: str) -> None:
+        refuse_pipe(Path(filename))
+        super().__init__(filename, encoding=encoding)
+
+
 @contextmanager
 def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Let an error name ``path`` where it names nothing, as errors of writing do, or something in ``partial``."""

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.data.dataset import open_songs
 from sidestep.errors import UserError
-from sidestep.files import _HOST, alone_in, naming, remove_abandoned, replacing_folder, write_tensors
+from sidestep.files import _HOST, LogFile, alone_in, naming, remove_abandoned, replacing_folder, write_tensors
 from sidestep.training.ema import WeightMean
 from sidestep.training.run import Run
 from sidestep.training.signals import Interrupted, StopSignals
@@ -272,6 +272,9 @@ def test_pipes_in_the_folder_of_a_run_are_named_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / "final")
     with pytest.raises(UserError, match=r"final is no folder, and one is to be written there"):
         save_checkpoint(tmp_path / "final", None, None)
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(OSError, match=r"it is a pipe, not a file: .*train\.log"):
+        LogFile(str(tmp_path / "train.log"), encoding="utf-8")
     os.mkfifo(tmp_path / ".owner")
     with pytest.raises(OSError, match=r"it is a pipe, not a file: .*\.owner"), alone_in(tmp_path):
         pass
