@@ -28,7 +28,7 @@ _HOST = re.sub(r"[^A-Za-z0-9]+", "", socket.gethostname())
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced|doomed)-(?P<host>[A-Za-z0-9]*)-(?P<process>\d{1,9})")
 
 
-def _own(path: Path, kind: str) -> Path:
+def hidden_name(path: Path, kind: str) -> Path:
     """The hidden name under which this process keeps what it has not finished with.
 
     Args:
@@ -75,9 +75,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def ensure_readable(path: Path) -> None:
     """Raise what keeps a file from being opened; safetensors would say that it does not exist, whatever it is."""
-    if path.is_fifo():  # opening it would wait for ever
-        raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
+    refuse_pipe(path)
     path.open("rb").close()
+
+
+def refuse_pipe(path: Path) -> None:
+    """Raise an error for a named pipe, since opening it would wait for ever."""
+    if path.is_fifo():
+        raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
+
+
+class LogFile(logging.FileHandler):
+    """The log of a command; unlike its parent it does not wait for ever at a named pipe."""
+
+    def __init__(self, filename: str, encoding: str) -> None:
+        refuse_pipe(Path(filename))
+        super().__init__(filename, encoding=encoding)
 
 
 @contextmanager
@@ -98,7 +111,7 @@ def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; once the block ends without an error, it becomes ``path``."""
-    partial = _own(path, "partial")
+    partial = hidden_name(path, "partial")
     try:
         with naming(path, partial):
             yield partial
@@ -138,10 +151,16 @@ def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``."""
+    """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``.
+
+    Raises:
+        UserError: if something else than a folder has its name.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder.parent)
-    partial = _own(folder, "partial")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder, and one is to be written there; move it away")
+    partial = hidden_name(folder, "partial")
     partial.mkdir()
     try:
         with naming(folder, partial):
@@ -149,7 +168,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             for path in sorted(partial.rglob("*"), reverse=True):
                 sync(path)
             sync(partial)
-            old = _own(folder, "replaced")
+            old = hidden_name(folder, "replaced")
             if folder.exists():
                 os.replace(folder, old)  # a folder cannot replace one that is not empty
             os.replace(partial, folder)
@@ -188,6 +207,7 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout as error:
             try:
+                refuse_pipe(owner)
                 who = owner.read_text(encoding="utf-8", errors="replace").strip()[:200]
             except OSError:  # it is only just coming or going
                 who = "another process"
@@ -199,6 +219,7 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written: {error}") from error
     try:
         with naming(owner):
+            refuse_pipe(owner)
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
@@ -209,7 +230,7 @@ def alone_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
 @contextmanager
 def discarding(folder: Path) -> Iterator[Path]:
     """Take a folder out of sight before the block deletes it, so that nobody finds it half-deleted."""
-    doomed = _own(folder, "doomed")
+    doomed = hidden_name(folder, "doomed")
     os.replace(folder, doomed)
     yield doomed
 

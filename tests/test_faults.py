@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.data.dataset import open_songs
 from sidestep.errors import UserError
-from sidestep.files import _HOST, naming, remove_abandoned, replacing_folder, write_tensors
+from sidestep.files import _HOST, LogFile, alone_in, naming, remove_abandoned, replacing_folder, write_tensors
 from sidestep.training.ema import WeightMean
 from sidestep.training.run import Run
-from sidestep.training.signals import Interrupted
+from sidestep.training.signals import Interrupted, StopSignals
 from sidestep.training.state import (
     TrainingState,
     _hash,
@@ -31,6 +32,7 @@ from sidestep.training.state import (
     newest_checkpoint,
     read_manifest,
     remove_old_checkpoints,
+    save_checkpoint,
     write_manifest,
 )
 from tests.audio_files import write
@@ -248,11 +250,119 @@ def test_rotation_keeps_what_was_just_saved_and_leaves_later_steps_and_other_nam
     assert names_in(checkpoints) == ["epoch_16", "epoch_5_copy1", "mine_5", "step_45"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_named_and_stops_nothing(tmp_path, monkeypatch, caplog):
+    checkpoints = write_checkpoints(tmp_path, epoch_1=4, epoch_2=8)
+
+    def fail(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    remove_old_checkpoints(tmp_path, 8, keep_last=1, keep_every=None)
+    (left,) = checkpoints.glob(".epoch_1.doomed-*")
+    assert f"epoch_1 cannot be removed (Operation not permitted); delete {left} by hand" in caplog.text
+    assert (checkpoints / "epoch_2").is_dir()
+
+
+def test_pipes_in_the_folder_of_a_run_are_named_instead_of_waited_for(tmp_path):
+    write_checkpoints(tmp_path, epoch_1=4)
+    (tmp_path / "checkpoints/epoch_1/manifest.json").unlink()
+    os.mkfifo(tmp_path / "checkpoints/epoch_1/manifest.json")
+    with pytest.raises(UserError, match=r"epoch_1/manifest\.json is a pipe, not a file"):
+        read_manifest(tmp_path / "checkpoints/epoch_1")
+    os.mkfifo(tmp_path / "final")
+    with pytest.raises(UserError, match=r"final is no folder, and one is to be written there"):
+        save_checkpoint(tmp_path / "final", None, None)
+    os.mkfifo(tmp_path / "train.log")
+    with pytest.raises(OSError, match=r"it is a pipe, not a file: .*train\.log"):
+        LogFile(str(tmp_path / "train.log"), encoding="utf-8")
+    os.mkfifo(tmp_path / ".owner")
+    with pytest.raises(OSError, match=r"it is a pipe, not a file: .*\.owner"), alone_in(tmp_path):
+        pass
+
+
+def test_what_keeps_a_file_of_a_dataset_from_being_read_decides_what_is_advised(work, monkeypatch):
+    songs = open_songs(work / "data")
+    file = work / "data/latents/song1.safetensors"
+    file.rename(work / "elsewhere")
+    with pytest.raises(UserError, match=r"song1\.safetensors of song1\.wav is missing; put it back, or run"):
+        songs.latents(1, 0, 2)
+    (work / "elsewhere").rename(file)
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\); mend that and type the same"):
+        songs.latents(1, 0, 2)
+
+
+def test_a_terminal_that_closes_asks_for_a_stop_and_one_that_nohup_was_told_to_survive_does_not():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     write_checkpoints(tmp_path, epoch_1=4, epoch_2=8)
     (tmp_path / "checkpoints/epoch_1/manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"\(epoch_1, epoch_2 are damaged\); move .*/checkpoints away"):
+    with pytest.raises(UserError, match=r"\(epoch_1, epoch_2 are damaged\); move .* away to begin"):
         newest_checkpoint(tmp_path)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_gone_or_out_of_reach_does_not_begin_anew(tmp_path, checkpoint_dir, dataset_dir):
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "adapter.rank=1")
+    run = tmp_path / "run"
+    run_training(run, *places, "max_epochs=1")
+    checkpoints = (run / "checkpoints").rename(tmp_path / "elsewhere")
+    before = {name: content for name, content in tree(run).items() if not name.startswith(".")}
+
+    gone = r"run/checkpoints holds no checkpoint, and by run\.json the run was saved at step 4; bring them back"
+    for changed in ("max_epochs=2", "shift=2"):
+        with pytest.raises(UserError, match=gone):
+            run_training(run, *places, "max_epochs=1", changed)
+    (run / "checkpoints").symlink_to("/not/mounted")
+    with pytest.raises(UserError, match=r"run/checkpoints is a link to /not/mounted, which is not there"):
+        run_training(run, *places, "max_epochs=2")
+    (run / "checkpoints").unlink()
+    os.mkfifo(run / "checkpoints")
+    with pytest.raises(UserError, match=r"run/checkpoints is no folder"):
+        run_training(run, *places, "max_epochs=2")
+    (run / "checkpoints").unlink()
+    assert {name: content for name, content in tree(run).items() if not name.startswith(".")} == before
+
+    (run / "checkpoints").symlink_to(checkpoints)
+    run_training(run, *places, "max_epochs=2")
+    assert read_manifest(checkpoints / "epoch_2")["step"] == 8
+
+
+def test_a_run_taken_to_another_runs_checkpoint_goes_there_again_until_it_saves_its_own(
+    tmp_path, checkpoint_dir, dataset_dir
+):
+    """It was killed before its first checkpoint; later its checkpoints are lost, and it must not go back."""
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "adapter.rank=1")
+    run_training(tmp_path / "first", *places, "max_epochs=1")
+    taken = (*places, f"resume_from={tmp_path / 'first/checkpoints/epoch_1'}")
+    run_training(tmp_path / "run", *taken, "max_epochs=2")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(UserError, match="saved at step 8"):
+        run_training(tmp_path / "run", *taken, "max_epochs=3")
+
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps(record | {"step": 4, "status": "running"}))
+    run_training(tmp_path / "run", *taken, "max_epochs=3")
+    assert names_in(tmp_path / "run/checkpoints") == ["epoch_3"]
 
 
 def test_a_disk_that_fails_to_read_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):

@@ -540,6 +540,34 @@ def test_a_named_pipe_among_the_songs_is_refused_instead_of_waited_for(config, s
         preprocess(config)
 
 
+def test_a_dataset_is_not_written_over_a_persons_own_songs_jsonl(config, songs, loads):
+    own = songs / "songs.jsonl"
+    words(own, json.dumps({"audio": "03 - three.wav", "caption": "mine"}) + "\n")
+    before = own.read_bytes()
+    elsewhere = songs.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "songs.jsonl").symlink_to(own)
+    for changed, message in [
+        ({"dataset_dir": str(songs)}, "is audio_dir, the folder of the songs"),
+        ({"dataset_dir": str(songs), "audio_dir": str(songs / "a")}, r"holds a songs\.jsonl and no dataset_info\.json"),
+        ({"dataset_dir": str(elsewhere), "metadata_file": str(own)}, "would be written over metadata_file="),
+    ]:
+        with pytest.raises(UserError, match=message):
+            preprocess(replace(config, **changed))
+    assert own.read_bytes() == before
+    assert loads == []
+    assert not (songs / "latents").exists()
+
+
+def test_a_dataset_whose_description_a_kill_kept_from_being_written_is_completed(config, songs):
+    preprocess(config)
+    info = Path(config.dataset_dir) / "dataset_info.json"
+    before = info.read_bytes()
+    info.unlink()
+    preprocess(config)
+    assert info.read_bytes() == before
+
+
 def test_a_second_process_in_the_same_folder_is_refused(config, songs):
     folder = Path(config.dataset_dir)
     folder.mkdir()

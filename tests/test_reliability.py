@@ -68,7 +68,8 @@ def train_undisturbed(folder: Path, *settings: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGUSR1", "SIGUSR2"))]
+    "name",
+    ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"))],
 )
 def test_a_signal_saves_and_stops_and_the_same_command_ends_as_if_nothing_had_happened(work, places, name):
     number = signal.Signals[name]

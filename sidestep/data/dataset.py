@@ -209,7 +209,14 @@ class StoredSongs:
             ensure_readable(path)
             with safe_open(path, framework="pt") as tensors:
                 read: list[Tensor] = [tensors.get_slice(key)[rows] for key in keys]
-        except (SafetensorError, OSError, IndexError) as error:  # IndexError: it has no rows
+        except FileNotFoundError as error:
+            raise UserError(f"{path} of {song.audio} is missing; put it back, or {AGAIN}") from error
+        except OSError as error:  # of the disk, which does not say that the file is damaged
+            raise UserError(
+                f"{path} of {song.audio} cannot be read ({error.strerror or error}); "
+                f"mend that and type the same command again"
+            ) from error
+        except (SafetensorError, IndexError) as error:  # IndexError: it has no rows
             raise UserError(f"{path} of {song.audio} cannot be read ({error}); delete it and {AGAIN}") from error
         for tensor in read:
             if tensor.ndim != 2 or tensor.shape[1] != width or not tensor.is_floating_point():

@@ -37,7 +37,17 @@ from sidestep.acestep.prompts import MAX_LYRIC_TOKENS, MAX_TEXT_TOKENS, apply_ta
 from sidestep.config.typed import as_typed
 from sidestep.data.audio import SAMPLES_PER_FRAME, SILENT_PEAK, peak, probe_audio, read_hashed
 from sidestep.data.lyrics import sung_between
-from sidestep.data.manifest import PROMPTS, DatasetInfo, SongRecord, parse_cuts, read_manifest, write_manifest
+from sidestep.data.manifest import (
+    INFO,
+    PROMPTS,
+    SONGS,
+    DatasetInfo,
+    SongRecord,
+    names_stored_songs,
+    parse_cuts,
+    read_manifest,
+    write_manifest,
+)
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
 from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
 from sidestep.data.songs import SongList, printable, read_songs
@@ -146,6 +156,8 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
         UserError: if a setting, the checkpoint or a dataset.json is wrong, another process works in the same folder,
             or no song can be used.
     """
+    folder = Path(config.dataset_dir)
+    _check_is_no_folder_of_songs(folder, config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
@@ -161,7 +173,6 @@ def preprocess(config: PreprocessConfig) -> PreprocessSummary:
     if listing.lost:
         told = "; ".join(f"{printable(where)}: {printable(reason)}" for where, reason in listing.lost.items())
         raise UserError(f"{told}; mend it first, since some songs would be told other words in the place of these")
-    folder = Path(config.dataset_dir)
     _make_folders(folder)
     if config.shard is not None and config.num_shards is not None:
         return _preprocess_shard(config, checkpoint, listing, device, dtype, config.shard, config.num_shards)
@@ -661,6 +672,26 @@ def _unused_files(folder: Path, used: set[Path]) -> int:
 
 
 # files
+
+
+def _check_is_no_folder_of_songs(folder: Path, config: PreprocessConfig) -> None:
+    """Refuse to write a dataset where people keep their songs: its songs.jsonl would take the place of theirs.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    another = "type another dataset_dir=..."
+    if folder.resolve() == Path(config.audio_dir).resolve():
+        raise UserError(f"dataset_dir={folder} is audio_dir, the folder of the songs; {another}")
+    table = folder / SONGS
+    if config.metadata_file is not None and table.resolve() == Path(config.metadata_file).resolve():
+        raise UserError(f"dataset_dir={folder} would be written over metadata_file={config.metadata_file}; {another}")
+    # a kill may have left a dataset's songs.jsonl without what describes it
+    if os.path.lexists(table) and not (folder / INFO).exists() and not names_stored_songs(table):
+        raise UserError(
+            f"dataset_dir={folder} holds a {SONGS} and no {INFO}, so it is no dataset; {another}, "
+            f"or move {table} away if nobody needs it"
+        )
 
 
 def _make_folders(folder: Path) -> None:

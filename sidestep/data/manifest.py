@@ -207,6 +207,14 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     return info, songs
 
 
+def names_stored_songs(path: Path) -> bool:
+    """Whether a ``songs.jsonl`` is a dataset's own, and not a table of words that a person keeps."""
+    try:
+        return path.is_file() and _parse_quickly(_lines(path)) is not None
+    except UserError:
+        return False
+
+
 def parse_cuts(text: str) -> dict[str, int]:
     """Read what the header of a conditions file says about words that were too many: text -> tokens cut off.
 

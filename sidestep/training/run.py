@@ -100,6 +100,8 @@ class Run:
     process: int
     num_processes: int
     record: RunRecord
+    saved_step: int = 0
+    """Of the newest checkpoint that run.json knows of, whether or not it is still there."""
     init_fingerprint: str | None = None
     """Hash of the adapter that init_from names."""
     finished_loss: float | None = None
@@ -246,7 +248,7 @@ class Run:
         """Read the checkpoint to continue from, or None to start at step 0.
 
         Raises:
-            UserError: if that checkpoint cannot be continued with these settings.
+            UserError: if that checkpoint cannot be continued with these settings, or those of the run are gone.
         """
         config = self.config
         newest = newest_checkpoint(self.output_dir)
@@ -258,6 +260,8 @@ class Run:
             goes_back = folder is not None
             folder = checkpoint_folder(Path(config.resume_from))
             state = load_checkpoint(folder)
+        if newest is None and (config.resume_from is None or self.went_back_to(config.resume_from)):
+            self._check_is_new(0 if state is None else state.step)
         if folder is None or state is None:
             return None
         check_same_settings(state.settings, self.record.settings, folder)
@@ -289,6 +293,19 @@ class Run:
                 self.record.run_id = _new_id()  # a service that was told of later steps takes no earlier ones
                 self.record.write()
         return state
+
+    def _check_is_new(self, step: int) -> None:
+        """Refuse to train again from ``step`` what was trained before, where its checkpoints are gone.
+
+        Raises:
+            UserError: naming their folder.
+        """
+        if self.saved_step > step:
+            raise UserError(
+                f"{self.output_dir / 'checkpoints'} holds no checkpoint, and by run.json the run was saved at step "
+                f"{self.saved_step}; bring them back, or move {self.output_dir} away to begin anew, or give this run "
+                f"another name=..."
+            )
 
     def went_back_to(self, path: str) -> bool:
         """Whether a resume_from was what this run was taken to before; it may be gone since, as rotation removes it."""
@@ -612,6 +629,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         process=int(os.environ.get("RANK", "0")),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         record=record,
+        saved_step=previous["step"] if type(previous.get("step")) is int else 0,
         init_fingerprint=_init_fingerprint(config, previous),
     )
     record.settings = run.training_settings()

@@ -10,8 +10,8 @@ from typing import Self
 
 log = logging.getLogger(__name__)
 
-STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-"""What schedulers and people send; Windows has only the first two."""
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""What schedulers, people and terminals that close send; Windows has only the first two."""
 
 
 class Interrupted(BaseException):
@@ -41,7 +41,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python does not allow handlers
             for name in STOPPING:
                 number = getattr(signal, name, None)
-                if number is not None:
+                deaf = name == "SIGHUP" and number is not None and signal.getsignal(number) is signal.SIG_IGN  # nohup
+                if number is not None and not deaf:
                     self._before[number] = signal.signal(number, self._remember)
         return self
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import torch
 
 from sidestep.acestep.weight_files import UNPICKLING_ERRORS
 from sidestep.errors import UserError
-from sidestep.files import describe, discarding, replacing_folder, sha256_of
+from sidestep.files import describe, discarding, hidden_name, replacing_folder, sha256_of
 from sidestep.records import make_record
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,13 @@ def remove_old_checkpoints(output_dir: Path, step: int, *, keep_last: int, keep_
     folders = [folder for number, folder in checkpoints_by_step(output_dir) if number <= step]
     for folder in folders[keep_last:]:
         if keep_every is None or int(folder.name.rpartition("_")[2]) % keep_every != 0:
-            with discarding(folder) as doomed:
-                shutil.rmtree(doomed)
-            log.info("removed %s", folder)
+            try:
+                with discarding(folder) as doomed:
+                    shutil.rmtree(doomed)
+                log.info("removed %s", folder)
+            except OSError as error:  # the new checkpoint is saved, so there is nothing to stop for
+                left = folder if folder.exists() else hidden_name(folder, "doomed")
+                log.warning("%s cannot be removed (%s); delete %s by hand", folder, error.strerror, left)
 
 
 def load_checkpoint(folder: Path) -> TrainingState:
@@ -121,6 +126,7 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, TrainingState] | None:
 
     Raises:
         UserError: if there are checkpoints and all are damaged; beginning anew would write over what is left of them.
+            Or if their folder is out of reach.
     """
     for _, folder in checkpoints_by_step(output_dir):
         try:
@@ -130,15 +136,24 @@ def newest_checkpoint(output_dir: Path) -> tuple[Path, TrainingState] | None:
     if damaged := checkpoint_folders(output_dir):
         raise UserError(
             f"no checkpoint of {output_dir} can be read ({', '.join(folder.name for folder in damaged[:5])} are "
-            f"damaged); move {output_dir / 'checkpoints'} away to begin anew, or give this run another name=..."
+            f"damaged); move {output_dir} away to begin anew, or give this run another name=..."
         )
     return None
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, readable or not; folders of any other name are the user's own."""
+    """Checkpoint folders of a run, readable or not; folders of any other name are the user's own.
+
+    Raises:
+        UserError: if what has the name of their folder is none, such as a link to a disk that is not mounted.
+    """
     folder = output_dir / "checkpoints"
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
+    if folder.is_dir():
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    if os.path.lexists(folder):
+        found = f"a link to {os.readlink(folder)}, which is not there" if folder.is_symlink() else "no folder"
+        raise UserError(f"{folder} is {found}; bring the checkpoints back, or give this run another name=...")
+    return []
 
 
 def checkpoints_by_step(output_dir: Path) -> list[tuple[int, Path]]:
@@ -210,6 +225,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: if it cannot be read, or was changed.
     """
     path = folder / MANIFEST
+    if path.is_fifo():
+        raise UserError(f"{path} is a pipe, not a file")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
