@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -63,7 +64,10 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
     if unknown:
         sys.exit(f"{unknown[0]} is not an option; settings are typed as key=value, and --help shows them")
     if typed.help:
-        print(help_page(command, root))
+        try:
+            print(help_page(command, root))
+        except UserError as error:
+            sys.exit(str(error))
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -107,7 +111,7 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(explain(error, command, typed.overrides))
     except ValueError as error:
         if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them

@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from sidestep.captioner import OpenAIConfig
 from sidestep.cli import read_arguments
 from sidestep.config.data import SongsConfig
-from sidestep.config.gate import conf_dir, read_profiles
+from sidestep.config.gate import compose_or_explain, conf_dir, launches_sweep, read_profiles
 from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
 from sidestep.config.naming import run_name
 from sidestep.config.settings import (
@@ -117,6 +117,29 @@ def test_a_mistake_is_answered_by_name(typed):
 def test_a_mistake_of_preprocessing_is_answered_by_name(typed, answer):
     with pytest.raises(UserError, match=r".") as raised:
         preprocess_config(*typed.split())
+    assert answer in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (b"seed: 1\nseed: 2\n", "mine.yaml line 2: found duplicate key seed"),
+        (b"seed: 1\n\tname: x\n", "mine.yaml line 2: found character '\\t' that cannot start any token"),
+        (b"seed: [\n", "mine.yaml line 2: expected the node content"),
+        (b"seed: !!python/object/apply:os.getpid []\n", "mine.yaml line 1: could not determine a constructor"),
+        (b"seed: 1\nname: caf\xe9\n", "mine.yaml line 2: it is not UTF-8"),
+        (b"seed: &seed [*seed]\n", "mine.yaml: it is nested too deeply, or holds itself"),
+        (b"seed: " + b"9" * 5000, "mine.yaml: Exceeds the limit"),
+        (b"null: 3\n", "a key or a value in a YAML file, or one that was typed, cannot be read (KeyValidationError)"),
+    ],
+)
+def test_a_mistake_in_a_yaml_file_of_ones_own_names_the_file_and_the_line(tmp_path, text, answer):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(text)
+    typed = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    assert not launches_sweep("train", typed)
+    with pytest.raises(UserError) as raised:
+        compose_or_explain("train", typed)
     assert answer in str(raised.value)
 
 
