@@ -175,11 +175,12 @@ def _naming_files(folder: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno not in WRITE_ERRORS:
+    except (OSError, ValueError) as error:
+        found = error if isinstance(error, OSError) else error.__cause__  # logging wraps it where it opens its file
+        if not isinstance(found, OSError) or (found.filename is None and found.errno not in WRITE_ERRORS):
             raise
-        where = folder() if error.filename is None else os.fsdecode(error.filename)
-        raise UserError(f"{where}: {error.strerror}; mend that and type the same command again") from error
+        where = folder() if found.filename is None else os.fsdecode(found.filename)
+        raise UserError(f"{where}: {found.strerror}; mend that and type the same command again") from error
 
 
 def _folder_of(command: str, typed: Any) -> str:

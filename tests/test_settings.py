@@ -173,6 +173,15 @@ def test_the_command_answers_a_mistake_in_one_line_at_once_and_writes_nothing(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_log_file_that_cannot_be_opened_is_named_in_one_line(tmp_path):
+    log_file = tmp_path / "outputs/generated/logs/generate.log"
+    log_file.mkdir(parents=True)  # a folder, which nobody may write to as a file
+    command = [sys.executable, "-m", "sidestep.generate", "adapter_dir=x", "prompt=x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"{log_file}: Is a directory; mend that and type the same command again\n"
+
+
 def test_the_default_learning_rate_is_the_adapters_own():
     defaults = [train_config(f"adapter={name}", "optim.lr=${adapter.default_lr}") for name in ("lora", "lokr")]
     assert [config.optim.lr for config in defaults] == [config.adapter.default_lr for config in defaults]
