@@ -70,6 +70,8 @@ MISTAKES = {
     f"adapter.rank={10**20}": f"adapter.rank={10**20} is too large",
     f"schedule.warmup_steps={10**20}": f"schedule.warmup_steps={10**20} is too large",
     f"vram_profile.batch_size={10**20}": f"vram_profile.batch_size={10**20} is too large",
+    "adapter.rank=400000000": "adapter.rank=400000000 is too large; it may be 100000 at most",
+    "vram_profile.batch_size=2000000": "vram_profile.batch_size=2000000 is too large; it may be 100000 at most",
     "max_seconds=1e308": "max_seconds=1e+308 is too large; it may be 1e+06 at most",
     "adapter.alpha=inf": "adapter.alpha=inf must be a finite number",
     "optim.betas=[0.9,nan]": "optim.betas.1=nan must be a finite number",

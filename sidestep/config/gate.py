@@ -318,7 +318,7 @@ def largest(key: str, value: float) -> float:
         return 1e6
     if name in ("shift", "scale", "scales", "alpha", "guidance_scale"):
         return 1e4
-    if name == "num_inference_steps":
+    if name in ("num_inference_steps", "rank", "max_rank", "batch_size") or ".rank_pattern." in key:
         return 1e5
     if name == "neumann_terms":
         return MOST_TERMS

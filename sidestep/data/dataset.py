@@ -339,7 +339,7 @@ class SongDataset(Dataset[Example]):
         return part
 
     def check_tensors(self, spare: Path | None = None, *, process: int = 0, num_processes: int = 1) -> None:
-        """Read every file once, so that none of them stops a run days later; about a second per gigabyte.
+        """Read every file once, so that none of them stops a run days later; a few seconds per gigabyte.
 
         The arguments are those of :func:`check_files`.
 
