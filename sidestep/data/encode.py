@@ -370,7 +370,12 @@ def _reference_song(reference: str, songs: list[Song]) -> list[Song]:
     if reference in ("silence", "song"):
         return []
     if not Path(reference).is_file():
-        raise UserError(f"reference={reference} must be silence, song, or an audio file: {describe(Path(reference))}")
+        found = (
+            "it is no plain file"
+            if Path(reference).exists() and not Path(reference).is_dir()
+            else describe(Path(reference))
+        )
+        raise UserError(f"reference={reference} must be silence, song, or an audio file: {found}")
     size, digest = Path(reference).stat().st_size, sha256_of(Path(reference))
     for song in songs:
         with contextlib.suppress(OSError):  # what cannot be read is said where it is encoded
