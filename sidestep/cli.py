@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -68,7 +69,10 @@ def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> No
     if unknown:
         sys.exit(f"{unknown[0]} is not an option; settings are typed as key=value, and --help shows them")
     if typed.help:
-        print(help_page(command, root))
+        try:
+            print(help_page(command, root))
+        except UserError as error:
+            sys.exit(str(error))
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -112,7 +116,7 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(explain(error, command, typed.overrides))
     except BrokenExecutor:  # of a sweep whose points are not known beforehand
         sys.exit(
@@ -207,11 +211,12 @@ def _naming_files(folder: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno not in WRITE_ERRORS:
+    except (OSError, ValueError) as error:
+        found = error if isinstance(error, OSError) else error.__cause__  # logging wraps it where it opens its file
+        if not isinstance(found, OSError) or (found.filename is None and found.errno not in WRITE_ERRORS):
             raise
-        where = folder() if error.filename is None else os.fsdecode(error.filename)
-        raise UserError(f"{where}: {error.strerror}; mend that and type the same command again") from error
+        where = folder() if found.filename is None else os.fsdecode(found.filename)
+        raise UserError(f"{where}: {found.strerror}; mend that and type the same command again") from error
 
 
 def _folder_of(command: str, typed: Any) -> str:

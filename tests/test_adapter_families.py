@@ -607,7 +607,7 @@ def test_a_run_starts_from_an_adapter_and_goes_on_without_it(tmp_path, checkpoin
 
     with pytest.raises(UserError, match="final does not exist"):
         run(tmp_path / "new", checkpoint_dir, dataset_dir, "max_steps=4", *more)
-    with pytest.raises(UserError, match=r"was trained with init_from=[0-9a-f]{64}"):
+    with pytest.raises(UserError, match="was trained with another init_from than is typed now"):
         run(tmp_path / "parts", checkpoint_dir, dataset_dir, "max_steps=6", *more[:2])
     with pytest.raises(UserError, match="type adapter=lokr"):
         run(tmp_path / "other", checkpoint_dir, dataset_dir, "max_steps=4", f"init_from={tmp_path / 'moved'}")

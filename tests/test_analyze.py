@@ -173,3 +173,11 @@ def test_ranks_are_named_in_one_place_only(analyzed):
 def test_settings_that_contradict_each_other_are_refused(typed, message):
     with pytest.raises(UserError, match=message):
         analyze_config(typed)
+
+
+@pytest.mark.parametrize(("name", "message"), [("song.wav", "must end in .json"), ("mine.json", "is another file")])
+def test_a_file_that_is_no_table_of_ranks_is_not_written_over(tmp_path, name, message):
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        analyze(analyze_config(f"output={tmp_path / name}"))
+    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"

@@ -95,7 +95,7 @@ def test_a_dataset_that_changes_under_a_run_does_not_change_the_run_and_is_refus
 
     refused = Command(work, *TRAIN, "dataset_dir=data", *LONG)
     assert refused.wait() == 1
-    assert "was trained with dataset=" in refused.said.splitlines()[-1]
+    assert "was trained with other songs than dataset_dir" in refused.said.splitlines()[-1]
     (work / "before.jsonl").replace(songs)
     torch.testing.assert_close(finish(work, *LONG), weights, rtol=0, atol=0)  # is finished, so it returns at once
     shutil.rmtree(work / "outputs")

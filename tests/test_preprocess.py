@@ -26,6 +26,7 @@ from sidestep.acestep.prompts import caption_prompt, lyrics_prompt
 from sidestep.config.settings import PreprocessConfig, TagPosition
 from sidestep.data import encode, sampler
 from sidestep.data.audio import read_hashed
+from sidestep.data.dataset import SongDataset
 from sidestep.data.encode import PreprocessSummary, encode_latents, preprocess, reference_frames
 from sidestep.data.manifest import condition_keys, read_manifest
 from sidestep.errors import UserError
@@ -479,6 +480,24 @@ def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, l
     assert {file: (folder / file).read_bytes() for file in before} == before
     for file in before:
         assert f"{folder / file} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["latents", "conditions"])
+def test_a_file_that_can_be_read_but_is_not_what_was_written_is_named_before_training(config, songs, part):
+    preprocess(config)
+    preprocess(config)  # which notes no other hashes
+    folder = Path(config.dataset_dir)
+    dataset = SongDataset(folder, max_seconds=4, seed=0)
+    file = folder / getattr(dataset.songs[0], part)
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # one bit of a number
+    file.write_bytes(content)
+    preprocess(config)  # which does not take the damage for what was encoded
+    with pytest.raises(UserError, match=rf"{file.name} of .* was changed since it was written \(its hash differs\)"):
+        dataset.check_tensors()
+    file.unlink()
+    preprocess(config)
+    SongDataset(folder, max_seconds=4, seed=0).check_tensors()
 
 
 def test_a_song_that_changes_between_hashing_and_decoding_is_refused(config, songs, monkeypatch):

@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sidestep.captioner import OpenAIConfig
 from sidestep.cli import quick_imports, read_arguments
 from sidestep.config.data import SongsConfig
-from sidestep.config.gate import conf_dir, read_profiles
+from sidestep.config.gate import compose_or_explain, conf_dir, launches_sweep, read_profiles
 from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
 from sidestep.config.naming import run_name
 from sidestep.config.settings import (
@@ -73,6 +73,8 @@ MISTAKES = {
     f"adapter.rank={10**20}": f"adapter.rank={10**20} is too large",
     f"schedule.warmup_steps={10**20}": f"schedule.warmup_steps={10**20} is too large",
     f"vram_profile.batch_size={10**20}": f"vram_profile.batch_size={10**20} is too large",
+    "adapter.rank=400000000": "adapter.rank=400000000 is too large; it may be 100000 at most",
+    "vram_profile.batch_size=2000000": "vram_profile.batch_size=2000000 is too large; it may be 100000 at most",
     "max_seconds=1e308": "max_seconds=1e+308 is too large; it may be 1e+06 at most",
     "adapter.alpha=inf": "adapter.alpha=inf must be a finite number",
     "optim.betas=[0.9,nan]": "optim.betas.1=nan must be a finite number",
@@ -123,6 +125,29 @@ def test_a_mistake_of_preprocessing_is_answered_by_name(typed, answer):
     assert answer in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (b"seed: 1\nseed: 2\n", "mine.yaml line 2: found duplicate key seed"),
+        (b"seed: 1\n\tname: x\n", "mine.yaml line 2: found character '\\t' that cannot start any token"),
+        (b"seed: [\n", "mine.yaml line 2: expected the node content"),
+        (b"seed: !!python/object/apply:os.getpid []\n", "mine.yaml line 1: could not determine a constructor"),
+        (b"seed: 1\nname: caf\xe9\n", "mine.yaml line 2: it is not UTF-8"),
+        (b"seed: &seed [*seed]\n", "mine.yaml: it is nested too deeply, or holds itself"),
+        (b"seed: " + b"9" * 5000, "mine.yaml: Exceeds the limit"),
+        (b"null: 3\n", "a key or a value in a YAML file, or one that was typed, cannot be read (KeyValidationError)"),
+    ],
+)
+def test_a_mistake_in_a_yaml_file_of_ones_own_names_the_file_and_the_line(tmp_path, text, answer):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(text)
+    typed = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    assert not launches_sweep("train", typed)
+    with pytest.raises(UserError) as raised:
+        compose_or_explain("train", typed)
+    assert answer in str(raised.value)
+
+
 def test_a_missing_dataset_names_the_command_that_makes_one():
     with pytest.raises(UserError, match=r"dataset_dir must be set, .*python -m sidestep\.preprocess"):
         train_config("dataset_dir=???")
@@ -166,6 +191,15 @@ def test_the_command_answers_a_mistake_in_one_line_at_once_and_writes_nothing(tm
     assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_file_that_cannot_be_opened_is_named_in_one_line(tmp_path):
+    log_file = tmp_path / "outputs/generated/logs/generate.log"
+    log_file.mkdir(parents=True)  # a folder, which nobody may write to as a file
+    command = [sys.executable, "-m", "sidestep.generate", "adapter_dir=x", "prompt=x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"{log_file}: Is a directory; mend that and type the same command again\n"
 
 
 def test_the_default_learning_rate_is_the_adapters_own():

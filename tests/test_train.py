@@ -19,6 +19,7 @@ from sidestep.adapters.files import attach_saved
 from sidestep.errors import UserError
 from sidestep.files import _HOST
 from sidestep.reporting.runs import _point
+from sidestep.training import loop
 from sidestep.training.state import load_checkpoint
 from sidestep.training.tracking import RunRecord, drop_later_lines, read_record
 from tests.factories import run_training, train_config, write_dataset
@@ -343,8 +344,19 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path, places, cha
 def test_another_dataset_in_the_same_run_is_refused(tmp_path, places, checkpoint_dir):
     run_training(tmp_path / "run", *places, "max_epochs=1")
     other = write_dataset(tmp_path / "other", checkpoint_dir, lengths=[60, 60])
-    with pytest.raises(UserError, match="dataset="):
+    with pytest.raises(
+        UserError, match=r"was trained with other songs than dataset_dir .* holds now; put those files back"
+    ):
         run_training(tmp_path / "run", places[0], f"dataset_dir={other}", "max_epochs=2")
+
+
+def test_main_memory_that_runs_out_is_one_line(tmp_path, places, monkeypatch):
+    def fill(*arguments):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(loop, "_train", fill)
+    with pytest.raises(UserError, match=r"main memory ran out .* use a smaller adapter\.rank"):
+        run_training(tmp_path / "run", *places)
 
 
 def test_resume_never_does_not_touch_a_run_that_has_checkpoints(tmp_path, places):

@@ -32,6 +32,9 @@ from sidestep.errors import UserError
 
 T = TypeVar("T")
 
+UNREADABLE = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
+"""What reading a YAML file raises that holds a mistake; Hydra passes it on as it is."""
+
 VERSION_BASE = "1.3"
 """Hydra's own defaults that conf/ was written for."""
 
@@ -54,7 +57,7 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     """Compose a command's config from what was typed, without running anything.
 
     Raises:
-        UserError: one line for anything Hydra or OmegaConf refuses.
+        UserError: one line for anything Hydra, OmegaConf or YAML refuses.
     """
     check_local(overrides)
     for typed in overrides:
@@ -66,11 +69,13 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
             return compose(command, list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_explain(error, command, overrides)) from error
+        except UNREADABLE as error:
+            raise UserError(_explain_file(error, overrides)) from error
         except ValueError as error:  # Hydra's answer to a group that is set to null
             groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
             named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
-            if named is None:
-                raise
+            if named is None:  # or to a number in a file that is too long to be read
+                raise UserError(_explain_file(error, overrides)) from error
             options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
             raise UserError(f"{named}=null chooses nothing; the options are {options}") from error
         except AssertionError as error:  # OmegaConf's answer to a setting below one that is null
@@ -124,14 +129,19 @@ def check_local(overrides: Sequence[str]) -> None:
         key, _, values = typed.partition("=")
         if key != "local":
             continue
-        paths = [path for other in overrides for path in re.findall(r"file://([^,\]]+)", other)]  # of --config-dir
-        folders = [folder / "local" for folder in (conf_dir(), *map(Path, paths))]
+        folders = [folder / "local" for folder in _conf_folders(overrides)]
         for value in values.split(","):
             if value == "null" or any((folder / f"{value}.yaml").is_file() for folder in folders):
                 continue
             known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
             there = f"there are {', '.join(known)}" if known else "there is none"
             raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
+
+
+def _conf_folders(overrides: Sequence[str]) -> list[Path]:
+    """Where YAML files are looked for: conf/, and what --config-dir names, which is typed as hydra.searchpath here."""
+    paths = [path for typed in overrides for path in re.findall(r"file://([^,\]]+)", typed)]
+    return [conf_dir(), *map(Path, paths)]
 
 
 def launches_sweep(command: str, overrides: Sequence[str]) -> bool:
@@ -157,7 +167,7 @@ def _compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
             single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
             return cast(DictConfig, compose(command, single, return_hydra_config=True).hydra)
-        except (HydraException, OmegaConfBaseException, ValueError, AssertionError):
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError, *UNREADABLE):
             return None
 
 
@@ -169,6 +179,8 @@ def explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
 
 def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     text = str(error)
+    if isinstance(error, UNREADABLE):
+        return _explain_file(error, overrides)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, wanted = str(error.missing_cfg_file).rpartition("/")
         if group.startswith("hydra/") and wanted in ("joblib", "optuna"):
@@ -191,7 +203,35 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         if re.search(r"Key '[^']+' (?:is )?not in", reason):
             return _unknown_key(bad_value.group(1).partition("=")[0].lstrip("+~"), command, overrides)
         return f"{bad_value.group(1)}: {reason}"
+    if not text.strip():  # as for a key of YAML that is null
+        cause = error.__cause__ or error.__context__ or error
+        text = f"a key or a value in a YAML file, or one that was typed, cannot be read ({type(cause).__name__})"
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _explain_file(error: Exception, overrides: Sequence[str]) -> str:
+    """Name the YAML file that raised one of ``UNREADABLE``, or a ValueError, and the line where that is known.
+
+    Raises:
+        Exception: ``error`` itself, if no such file is found.
+    """
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name} line {error.problem_mark.line + 1}: {error.problem}"
+    for path in (path for folder in _conf_folders(overrides) for path in sorted(folder.rglob("*.yaml"))):
+        try:
+            OmegaConf.load(path)
+        except RecursionError:
+            return f"{path}: it is nested too deeply, or holds itself"
+        except UnicodeDecodeError as found:
+            line = path.read_bytes()[: found.start].count(b"\n") + 1
+            return f"{path} line {line}: it is not UTF-8; save it as UTF-8"
+        except yaml.YAMLError as found:
+            return f"{path}: {' '.join(str(found).split())}"
+        except (OSError, OmegaConfBaseException):
+            continue  # not what was raised
+        except ValueError as found:
+            return f"{path}: {found}"
+    raise error
 
 
 def to_dataclass(config: DictConfig, root: type[T]) -> T:
@@ -317,7 +357,7 @@ def largest(key: str, value: float) -> float:
         return 1e6
     if name in ("shift", "scale", "scales", "alpha", "guidance_scale"):
         return 1e4
-    if name == "num_inference_steps":
+    if name in ("num_inference_steps", "rank", "max_rank", "batch_size") or ".rank_pattern." in key:
         return 1e5
     if name == "neumann_terms":
         return MOST_TERMS

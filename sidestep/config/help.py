@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError
 
-from sidestep.config.gate import conf_dir
+from sidestep.config.gate import compose_or_explain, conf_dir
 
 ABOUT = {
     "train": "Train one adapter for ACE-Step 1.5, or with -m a sweep of them.",
@@ -148,8 +147,7 @@ def help_page(command: str, root: type[Any]) -> str:
             lines += ["", f"  {group}"]
             lines += [_option_line(path, path.stem == chosen[group]) for path in _by_size(conf / group)]
     lines += ["", "Settings that matter"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
-        config = compose(command)
+    config = compose_or_explain(command, [])
     for key in IMPORTANT[base]:
         doc = field_docs(_owner(key, root, chosen))[key.rpartition(".")[2]]
         lines += ["", f"  {key}{_default(key, config)}", f"      {doc}"]

@@ -42,7 +42,7 @@ from sidestep.data.sampler import (
     window_starts,
 )
 from sidestep.errors import UserError
-from sidestep.files import ensure_readable
+from sidestep.files import ensure_readable, sha256_of
 from sidestep.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -165,13 +165,29 @@ class StoredSongs:
         song = self.songs[index]
         about = (song.prompts, song.is_instrumental, song.is_timed, song.num_frames, song.num_references)
         parts = f"{about} {self.info.settings.get('window_seconds')} {self.info.condition_width} {self.info.format}"
-        return {song.latents: f"{song.num_frames} frames", song.conditions: parts}
+        return {
+            song.latents: f"{song.num_frames} frames{song.latents_sha256}",
+            song.conditions: f"{parts}{song.conditions_sha256}",
+        }
 
     def check(self, index: int, file: str) -> None:
         song = self.songs[index]
         if file == song.latents:
             self.latents(index, 0, song.num_frames)
-            return
+            self._compare(song, file, song.latents_sha256)
+        else:
+            self._check_conditions(song)
+            self._compare(song, file, song.conditions_sha256)
+
+    def _compare(self, song: SongRecord, file: str, expected: str) -> None:
+        """Refuse a file that was changed since preprocessing wrote it, though it can be read."""
+        if expected and sha256_of(self.folder / file) != expected:
+            raise UserError(
+                f"{self.folder / file} of {song.audio} was changed since it was written (its hash differs); "
+                f"delete it and {AGAIN}"
+            )
+
+    def _check_conditions(self, song: SongRecord) -> None:
         seconds = self.info.settings.get("window_seconds")
         windows: list[int] = []
         if seconds is not None and song.num_frames > (frames := window_frames(seconds)):
@@ -330,7 +346,7 @@ class SongDataset(Dataset[Example]):
         return part
 
     def check_tensors(self, spare: Path | None = None, *, process: int = 0, num_processes: int = 1) -> None:
-        """Read every file once, so that none of them stops a run days later; about a second per gigabyte.
+        """Read every file once, so that none of them stops a run days later; a few seconds per gigabyte.
 
         The arguments are those of :func:`check_files`.
 

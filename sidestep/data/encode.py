@@ -84,6 +84,8 @@ class PreprocessSummary:
     dataset_dir: Path
     model_variant: str
     checkpoint_dir: str
+    written: set[Path] = field(default_factory=set)
+    """Encoded files that are new."""
     changed: set[str] = field(default_factory=set)
     """Songs of which something was encoded now."""
     unchanged: set[str] = field(default_factory=set)
@@ -241,7 +243,8 @@ def _update(
     folder = Path(config.dataset_dir)
     for part in (folder, folder / LATENTS, folder / CONDITIONS):
         remove_abandoned(part)
-    was_for = _variant_before(folder)
+    before = _read_before(folder)
+    was_for = before[0].model_variant if before is not None else None
     summary = PreprocessSummary(
         dataset_dir=folder,
         model_variant=config.model_variant.name,
@@ -298,6 +301,7 @@ def _update(
     ]
     for record in records if imitated else ():
         record.num_references = len(reference_parts(record.num_frames))
+    _add_hashes(records, folder, summary.written, before[1] if before is not None else [])
     write(info, records)
 
     summary.unchanged = {song.name for song in songs} - summary.changed
@@ -376,7 +380,12 @@ def _reference_song(reference: str, songs: list[Song]) -> list[Song]:
     if reference in ("silence", "song"):
         return []
     if not Path(reference).is_file():
-        raise UserError(f"reference={reference} must be silence, song, or an audio file: {describe(Path(reference))}")
+        found = (
+            "it is no plain file"
+            if Path(reference).exists() and not Path(reference).is_dir()
+            else describe(Path(reference))
+        )
+        raise UserError(f"reference={reference} must be silence, song, or an audio file: {found}")
     size, digest = Path(reference).stat().st_size, sha256_of(Path(reference))
     for song in songs:
         with contextlib.suppress(OSError):  # what cannot be read is said where it is encoded
@@ -423,6 +432,7 @@ def _encode_songs(
                         broken[files[name]] = str(error)
                     else:
                         _save(files[name], {"latents": latents}, {"peak": f"{peak(audio):.3g}", "sound": sound})
+                        summary.written.add(files[name])
                 if files[name] in broken:
                     summary.failed[name] = broken[files[name]]
                     del files[name]
@@ -614,6 +624,7 @@ def _encode_prompts(
             continue
         read = json.dumps(prompts[name].texts | prompts[name].lyrics)
         _save(files[name], parts, {"cut": json.dumps(cuts), "texts": read})
+        summary.written.add(files[name])
         summary.changed.add(name)
     del text_encoder, condition_encoder
     _free_memory(device)
@@ -649,6 +660,22 @@ def _record(song: Song, prompts: _Prompts, latents: Path, conditions: Path, num_
         prompts=[key for key in PROMPTS if key in prompts.texts],
         is_timed="window.0.lyrics" in prompts.lyrics,
     )
+
+
+def _add_hashes(records: list[SongRecord], folder: Path, written: set[Path], before: list[SongRecord]) -> None:
+    """Note the hash of each file; of those that were not written now, as the dataset had it before.
+
+    Hashing them again would take long, and would call good what was damaged since.
+    """
+    known: dict[str, str] = {}
+    for song in before:
+        known |= {song.latents: song.latents_sha256, song.conditions: song.conditions_sha256}
+    known = {file: digest for file, digest in known.items() if digest and folder / file not in written}
+    for record in records:
+        for file in (record.latents, record.conditions):
+            if file not in known:
+                known[file] = sha256_of(folder / file)
+        record.latents_sha256, record.conditions_sha256 = known[record.latents], known[record.conditions]
 
 
 def _settings(config: PreprocessConfig, listing: SongList, dtype: torch.dtype) -> dict[str, Any]:
@@ -702,12 +729,12 @@ def _make_folders(folder: Path) -> None:
             raise UserError(f"dataset_dir={folder} cannot be written: {error}") from error
 
 
-def _variant_before(folder: Path) -> str | None:
-    """Name the variant the dataset was for; None if there was none, or what describes it is damaged."""
+def _read_before(folder: Path) -> tuple[DatasetInfo, list[SongRecord]] | None:
+    """Read the dataset that is to be written anew; None if there was none, or what describes it is damaged."""
     try:
-        return read_manifest(folder)[0].model_variant
+        return read_manifest(folder)
     except UserError:
-        return None  # it is written anew in any case
+        return None
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -60,6 +60,9 @@ class SongRecord:
     """Which text to train on unless the run says otherwise: "caption" or "genre"."""
     num_frames: int
     """Latent frames, 25 per second."""
+    latents_sha256: str = ""
+    """Hash of the file, 64 hex digits; empty in datasets that were made before there was one."""
+    conditions_sha256: str = ""
     sound: str = ""
     """Hash of what it sounds like, the same in wav and flac; empty where it is not known."""
     caption: str = ""

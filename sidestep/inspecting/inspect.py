@@ -24,6 +24,8 @@ def inspect_adapter(config: InspectConfig) -> Path | None:
     Raises:
         UserError: for an adapter that cannot be read or does not fit the model, or a picture that cannot be written.
     """
+    if config.plot is not None and not config.plot.endswith(".png"):  # it would be written over
+        raise UserError(f"plot={config.plot} must end in .png, which it is written as")
     saved = read_adapter(Path(config.adapter_dir))
     for name, text in facts(saved):
         log.info("%-16s %s", name, text)

@@ -25,6 +25,7 @@ from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import resolve_targets
+from sidestep.adapters.lora import read_rank_pattern
 from sidestep.config.data import DataConfig, Excerpts
 from sidestep.config.settings import AnalyzeConfig
 from sidestep.config.typed import as_typed
@@ -91,6 +92,14 @@ def analyze(config: AnalyzeConfig) -> Path:
     Raises:
         UserError: if the model, the dataset or a target does not exist or fit, or no module matters.
     """
+    output = Path(config.output)
+    if output.suffix != ".json":
+        raise UserError(f"output={output} must end in .json, which it is written as")
+    if output.is_file():
+        try:
+            read_rank_pattern(output)
+        except UserError as error:
+            raise UserError(f"output={output} is another file; type output=<a file that is not there yet>") from error
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)

@@ -78,6 +78,11 @@ def train(config: TrainConfig, output_dir: Path, choices: dict[str, str], kept: 
                 raise UserError(
                     "another process of this run has ended, and this one with it; why, is in what that one printed"
                 ) from error
+            if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # the CPU's
+                raise UserError(
+                    f"main memory ran out ({' '.join(str(error).split())[-80:]}); checkpoints are kept; "
+                    f"use a smaller adapter.rank, max_seconds or vram_profile.batch_size, under another name=..."
+                ) from error
             raise
         finally:
             # a sweep runs in one process: Accelerate would keep the first run's precision, and the model's patched

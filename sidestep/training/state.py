@@ -31,6 +31,13 @@ log = logging.getLogger(__name__)
 
 STATE, MANIFEST = "training_state.pt", "manifest.json"
 FORMAT = 1
+_FILES = {
+    "dataset": "other songs than dataset_dir or prior_dataset_dir holds now",
+    "checkpoint": "another model than checkpoint_dir holds now",
+    "checkpoint_constants": "another model than checkpoint_dir holds now",
+    "init_from": "another init_from than is typed now",
+}
+"""Settings that are hashes of files, which say nothing to who reads them, and what it means that one has changed."""
 _NAME = re.compile(r"(epoch|step)_\d+")
 
 
@@ -182,14 +189,13 @@ def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path)
     Raises:
         UserError: naming every setting that differs.
     """
-    differing = [
-        f"{key}={_shown(saved, key)} (now {_shown(now, key)})"
-        for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
-    ]
+    differing = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     if differing:
+        typed = [f"{key}={_shown(saved, key)} (now {_shown(now, key)})" for key in differing if key not in _FILES]
+        files = list(dict.fromkeys(_FILES[key] for key in differing if key in _FILES))
+        mend = ["type those settings again"] * bool(typed) + ["put those files back"] * bool(files)
         raise UserError(
-            f"{where} was trained with {', '.join(differing)}; type those settings again to continue it, "
+            f"{where} was trained with {', '.join(typed + files)}; {' and '.join(mend)} to continue it, "
             f"or give this run another name=..."
         )
 
