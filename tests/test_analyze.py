@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from sidestep.config.gate import compose_or_explain, to_dataclass
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.training.fisher import Importance, allocate, analyze, measure, next_command
+from sidestep.training.signals import Interrupted
 from tests.factories import analyze_config, run_training, train_config
 
 FITTING = ("adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]")
@@ -57,6 +59,22 @@ def test_importance_is_the_mean_squared_gradient_with_its_standard_error():
     )
     assert ranks == {"a": 60, "b": 20, "c": 1}
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_signal_ends_the_measurement_after_the_example_at_hand():
+    example = SimpleNamespace(song=0, latents=torch.zeros(2, 64), condition=torch.zeros(1, 8), weight=1.0)
+    model, seen = Known(), []
+
+    def forward(batch, step, index):
+        seen.append(step)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(losses=model(torch.ones(1, 4)).sum(dim=1))
+
+    with pytest.raises(Interrupted):
+        measure(forward, model, ["a"], [example] * 6, 6)
+    assert seen == [0, 1]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("rank", [1, 4, 17, 64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -51,17 +52,17 @@ def write_music(path: Path, audio: Tensor, settings: Mapping[str, Any]) -> None:
         UserError: if the file cannot be written.
     """
     kind = path.suffix.removeprefix(".").upper()
+    encoded = io.BytesIO()  # libsndfile does not say that a disk is full
+    with soundfile.SoundFile(encoded, "w", SAMPLE_RATE, len(audio), subtype="PCM_16", format=kind) as file:
+        file.title = path.stem
+        file.software = f"sidestep {sidestep.__version__}"
+        file.comment = json.dumps(settings)  # before the samples, or WAV leaves it out
+        file.write(audio.T.numpy())
     try:
-        with (
-            replacing(path) as partial,
-            soundfile.SoundFile(partial, "w", SAMPLE_RATE, len(audio), subtype="PCM_16", format=kind) as file,
-        ):
-            file.title = path.stem
-            file.software = f"sidestep {sidestep.__version__}"
-            file.comment = json.dumps(settings)  # before the samples, or WAV leaves it out
-            file.write(audio.T.numpy())
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+        with replacing(path) as partial:
+            partial.write_bytes(encoded.getbuffer())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:

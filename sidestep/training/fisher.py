@@ -38,6 +38,7 @@ from sidestep.inspecting.summary import Heatmap, LayerChange, heatmap
 from sidestep.training.flow import VelocityLoss
 from sidestep.training.forward import Forward
 from sidestep.training.run import check_dataset_fits
+from sidestep.training.signals import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def measure(
 
     Raises:
         UserError: if a gradient is not finite.
+        Interrupted: after the example at hand, by a signal.
     """
     squares: dict[str, list[float]] = {to_original(path): [] for path in paths}
     weights = {to_original(path): transformer.get_parameter(f"{path}.weight") for path in paths}
@@ -170,14 +172,16 @@ def measure(
         weight.requires_grad_(True)
         hooks.append(weight.register_post_accumulate_grad_hook(lambda weight, path=path: note(path, weight)))
     try:
-        for number in range(num_examples):
-            batch = dataclasses.replace(collate([dataset[number]]), weights=None).to(weight.device)
-            forward(batch, number, 0).losses.sum().backward()
-            for path in squares:
-                squares[path].append(found[path].item())
-            if not all(math.isfinite(values[-1]) for values in squares.values()):
-                song = dataset.songs[batch.songs[0]].audio
-                raise UserError(f"the gradient of {song} is not finite; leave that song out, or use precision=fp32")
+        with StopSignals() as stop:  # Ctrl-C may come out of a library as another error
+            for number in range(num_examples):
+                stop.raise_if_received()
+                batch = dataclasses.replace(collate([dataset[number]]), weights=None).to(weight.device)
+                forward(batch, number, 0).losses.sum().backward()
+                for path in squares:
+                    squares[path].append(found[path].item())
+                if not all(math.isfinite(values[-1]) for values in squares.values()):
+                    song = dataset.songs[batch.songs[0]].audio
+                    raise UserError(f"the gradient of {song} is not finite; leave that song out, or use precision=fp32")
     finally:
         for hook in hooks:
             hook.remove()
