@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sidestep.acestep.attention import WindowedAttention
-from sidestep.acestep.frozen import keep_less
+from sidestep.acestep.frozen import streamline
 from sidestep.adapters import AdapterConfig
 from sidestep.adapters.base import resolve_targets
 from sidestep.adapters.lokr import LokrConfig
@@ -83,7 +83,7 @@ def windowed(config: AdapterConfig | None) -> Callable[[AceStepTransformer1DMode
     """Ours: an adapter, or none for the floor."""
 
     def prepare(transformer: AceStepTransformer1DModel) -> None:
-        keep_less(transformer)
+        streamline(transformer)
         WindowedAttention(transformer)
         if config is not None:
             config.attach(transformer)

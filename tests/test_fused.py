@@ -9,7 +9,7 @@ from lycoris.modules.lokr import LokrModule
 from torch import nn
 
 from sidestep.acestep.attention import WindowedAttention
-from sidestep.acestep.frozen import keep_less
+from sidestep.acestep.frozen import streamline
 from sidestep.adapters.layers import StructuredLokr
 from sidestep.adapters.loha import LohaConfig
 from sidestep.adapters.lokr import LokrConfig
@@ -259,7 +259,7 @@ def test_songs_of_many_lengths_are_compiled_a_few_times(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     transformer = golden_transformer().requires_grad_(False)
-    keep_less(transformer)
+    streamline(transformer)
     attention = WindowedAttention(transformer)
     LoraConfig(rank=4).attach(transformer)
     compile_blocks(transformer, torch.device("cpu"), backend="eager")

@@ -41,7 +41,7 @@ def planned(checkpoint_dir: Path, *typed: str, dtype: torch.dtype = torch.float3
 
 
 def kept_for_backward(checkpoint_dir: Path, *typed: str) -> int:
-    """Bytes that a real forward pass keeps, but for the model's own."""
+    """Bytes that a real forward pass keeps, but for the model's own, and those of the velocity that it gives."""
     config = train_config(f"checkpoint_dir={checkpoint_dir}", *typed)
     checkpoint = find_checkpoint(checkpoint_dir, config.model_variant)
     transformer = checkpoint.load_transformer(device=torch.device("cpu"), dtype=torch.float32)
@@ -59,8 +59,8 @@ def kept_for_backward(checkpoint_dir: Path, *typed: str) -> int:
     width = checkpoint.config.encoder_hidden_size
     predict = predict_velocity(transformer.train(), context_latents(checkpoint.silence(), 750))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        predict(torch.randn(2, 750, 64), torch.rand(2), torch.randn(2, NUM_TOKENS, width))
-    return sum(sizes.values())
+        velocity = predict(torch.randn(2, 750, 64), torch.rand(2), torch.randn(2, NUM_TOKENS, width))
+    return sum(sizes.values()) + velocity.nbytes
 
 
 @pytest.mark.parametrize(

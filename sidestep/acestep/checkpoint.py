@@ -99,11 +99,11 @@ class Checkpoint:
         """
         from diffusers import AceStepTransformer1DModel
 
-        from sidestep.acestep.frozen import keep_less
+        from sidestep.acestep.frozen import streamline
 
         with building_from(self._part_folder("transformer") / "config.json"), torch.device("meta"):
             transformer = AceStepTransformer1DModel(**self.config.transformer_arguments())
-        keep_less(transformer)
+        streamline(transformer)
         num_waiting = round(waiting_share * self.config.num_hidden_layers)
         if quantization == "none":
             waiting = tuple(f"layers.{number}." for number in range(num_waiting))

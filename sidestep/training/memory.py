@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.conditioning import context_latents
-from sidestep.acestep.frozen import keep_less
+from sidestep.acestep.frozen import streamline
 from sidestep.acestep.model_config import ModelConfig
 from sidestep.adapters import AdapterConfig
 from sidestep.config.settings import GradientCheckpointing, MemorySettings, Quantization
@@ -185,7 +185,7 @@ def _measure(
     meta = torch.device("meta")
     with meta:
         transformer = AceStepTransformer1DModel(**model.transformer_arguments())
-        keep_less(transformer)
+        streamline(transformer)
         values = {name: torch.empty_like(tensor, dtype=dtype) for name, tensor in transformer.state_dict().items()}
     transformer.load_state_dict(values, assign=True)
     transformer.requires_grad_(False)
