@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
@@ -28,6 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.config.gate import (
+    UNREADABLE,
     VERSION_BASE,
     check_keys,
     check_local,
@@ -116,8 +116,8 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is on disk", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        sys.exit(explain(error, command, typed.overrides))
+    except (HydraException, OmegaConfBaseException, *UNREADABLE) as error:
+        sys.exit(explain(error, command, _typed_overrides(typed)))
     except BrokenExecutor:  # of a sweep whose points are not known beforehand
         sys.exit(
             "a process of this sweep was killed, perhaps because memory ran out; the same command goes on, with less "
@@ -131,13 +131,13 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
 
 def _check(command: str, root: type[Any], typed: Any) -> None:
     """Refuse what is mistyped before any folder is made; composing twice costs a quarter of a second."""
-    overrides = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
+    overrides = _typed_overrides(typed)
     name = typed.config_name or command
-    if not typed.multirun and not launches_sweep(name, [*overrides, *typed.overrides]):
-        to_dataclass(compose_or_explain(name, [*overrides, *typed.overrides]), root)
+    if not typed.multirun and not launches_sweep(name, overrides):
+        to_dataclass(compose_or_explain(name, overrides), root)
         return
-    check_local([*overrides, *typed.overrides])
-    given = parse_overrides(with_params(name, [*overrides, *typed.overrides]))
+    check_local(overrides)
+    given = parse_overrides(with_params(name, overrides))
     last = {override.key_or_group: override for override in given}
     swept = [override for override in last.values() if override.is_sweep_override()]
     fixed = [o.input_line for o in last.values() if not o.is_sweep_override() and o.input_line]
@@ -151,6 +151,12 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
         check_name(config.name)
         if unnamed := swept_keys(swept):
             sys.argv.append(f"swept=[{','.join(unnamed)}]")
+
+
+def _typed_overrides(typed: Namespace) -> list[str]:
+    """What was typed, and ``--config-dir`` as the setting that means the same."""
+    folder = [f"hydra.searchpath=[file://{Path(typed.config_dir).resolve()}]"] if typed.config_dir else []
+    return [*folder, *typed.overrides]
 
 
 def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
-import logging
 import os
 import re
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -241,11 +239,9 @@ def test_the_umask_decides_who_may_read_and_nobody_else_may_change_or_run_a_file
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"])
+@pytest.mark.usefixtures("own_process")
 def test_libraries_stay_offline_unless_the_user_says_otherwise(monkeypatch, name):
     monkeypatch.setattr(sys, "argv", ["inspect", "nonsense=1"])
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     for given, found in ((None, "1"), ("0", "0")):
         os.environ.pop(name, None)
         if given is not None:

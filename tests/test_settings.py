@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sidestep.captioner import OpenAIConfig
-from sidestep.cli import quick_imports, read_arguments
+from sidestep.cli import quick_imports, read_arguments, run_command
 from sidestep.config.data import SongsConfig
 from sidestep.config.gate import compose_or_explain, conf_dir, launches_sweep, read_profiles
 from sidestep.config.help import EXAMPLES, IMPORTANT, field_docs, help_page
@@ -146,6 +147,18 @@ def test_a_mistake_in_a_yaml_file_of_ones_own_names_the_file_and_the_line(tmp_pa
     with pytest.raises(UserError) as raised:
         compose_or_explain("train", typed)
     assert answer in str(raised.value)
+
+
+@pytest.mark.usefixtures("own_process")
+def test_showing_the_settings_of_a_yaml_file_that_cannot_be_read_names_it(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"name: caf\xe9\n")
+    typed = ["--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]
+    monkeypatch.setattr(sys, "argv", ["train", *typed])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit) as raised:
+        run_command("train", TrainConfig, print)
+    assert raised.value.code == f"{tmp_path}/experiment/mine.yaml line 1: it is not UTF-8; save it as UTF-8"
 
 
 def test_a_missing_dataset_names_the_command_that_makes_one():
