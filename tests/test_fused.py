@@ -13,7 +13,7 @@ from sidestep.acestep.frozen import streamline
 from sidestep.adapters.layers import StructuredLokr
 from sidestep.adapters.loha import LohaConfig
 from sidestep.adapters.lokr import LokrConfig
-from sidestep.adapters.lora import LoraConfig
+from sidestep.adapters.lora import DoraConfig, LoraConfig
 from sidestep.errors import UserError
 from sidestep.training.loop import compile_blocks
 from tests.golden import golden_case, golden_transformer
@@ -24,6 +24,7 @@ TARGET = torch.randn(INPUTS["hidden_states"].shape, generator=torch.Generator().
 FAMILIES = {
     "lora": LoraConfig(rank=4, alpha=8),
     "lora of ranks": LoraConfig(rank=4, use_rslora=True, rank_pattern={"q_proj": 2}),
+    "dora": DoraConfig(rank=4, alpha=8),
     "lokr": LokrConfig(rank=3, alpha=6, factor=4),
     "lokr of full factors": LokrConfig(),
     "lokr of two products": LokrConfig(rank=1, alpha=2, decompose_both=True),

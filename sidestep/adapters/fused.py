@@ -30,9 +30,40 @@ class FusedLora(Linear):
         a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
         scale, dropout = self.scaling["default"], self.lora_dropout["default"]
         if not self.training or isinstance(dropout, nn.Identity):
-            return LoraProduct.apply(x, *stored(base), base.bias, a, b, scale)
+            return LoraProduct.apply(x, *stored(base), base.bias, a, b, scale, None)
         x, a, b = (tensor.to(dtype_of(base)) for tensor in (x, a, scale * b))
         return add_frozen(dropout(x) @ a.T @ b.T, x, base)
+
+
+class FusedDora(Linear):
+    """PEFT's DoRA layer, computed by :class:`LoraProduct`; with dropout, as PEFT computes it."""
+
+    def measure(self) -> None:
+        """Measure the rows of the frozen weight, and begin with their lengths, so that the start is the base model.
+
+        PEFT measures them in the weight's dtype, and in bfloat16 the start would be another.
+        """
+        lengths = dense(*stored(self.base_layer)).detach().float().norm(dim=1)
+        self.register_buffer("lengths", lengths, persistent=False)
+        self.lora_magnitude_vector["default"].weight.data.copy_(lengths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, dropout = self.base_layer, self.lora_dropout["default"]
+        if self.training and not isinstance(dropout, nn.Identity):
+            output: Tensor = super().forward(x)
+            return output
+        a, b, scale = self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"]
+        gain = self.lora_magnitude_vector["default"].weight / self._lengths(a, b, scale)
+        return LoraProduct.apply(x, *stored(base), base.bias, a, b, scale, gain)
+
+    @torch.no_grad()
+    def _lengths(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """Measure the rows of W + scale * B A without making it, by |w|^2 + 2 scale (W A^T) b + scale^2 b (A A^T) b."""
+        weight = dense(*stored(self.base_layer))
+        with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # a plan of memory has no device
+            across = (weight @ a.to(weight.dtype).T).to(b.dtype)  # (out, rank)
+            squares = (b * (2 * scale * across + scale**2 * (b @ (a @ a.T)))).sum(1)
+        return (self.lengths.square() + squares).sqrt()
 
 
 def dtype_of(base: nn.Linear) -> torch.dtype:
@@ -68,10 +99,11 @@ class FrozenSum(torch.autograd.Function):
 
 
 class LoraProduct(torch.autograd.Function):
-    """y = x W^T + bias + scale * (x A^T) B^T (Hu et al. 2021, arXiv:2106.09685).
+    """y = gain * (x W^T + scale * (x A^T) B^T) + bias (Hu et al. 2021, arXiv:2106.09685).
 
-    ``a`` is (rank, in), ``b`` (out, rank), both of any float dtype, and so are their gradients. Also keeps
-    x A^T, (S, rank).
+    ``a`` is (rank, in), ``b`` (out, rank), both of any float dtype, and so are their gradients. ``gain`` (out,) is
+    DoRA's (Liu et al. 2024, arXiv:2402.09353), or None for 1. Also keeps x A^T, (S, rank), and with a gain the output,
+    which the layer behind mostly keeps anyway.
     """
 
     @staticmethod
@@ -84,27 +116,39 @@ class LoraProduct(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
+        gain: Tensor | None,
     ) -> Tensor:
         weight = dense(packed, scales)
         inputs = x.to(weight.dtype).reshape(-1, x.shape[-1])  # (S, in)
         inner = inputs @ a.to(weight.dtype).T  # (S, rank)
         y = inner @ (scale * b).to(weight.dtype).T  # (S, out)
-        ctx.save_for_backward(inputs, packed, scales, a, b, inner)
+        if gain is None:
+            y = _add_frozen(y, inputs, weight, bias)
+            ctx.save_for_backward(inputs, packed, scales, a, b, inner)
+        else:
+            y = (_add_frozen(y, inputs, weight, None) * gain).to(weight.dtype)
+            ctx.save_for_backward(inputs, packed, scales, a, b, inner, y, gain)
+            y = y if bias is None else y + bias
         ctx.shape, ctx.dtype, ctx.scale = x.shape, x.dtype, scale
-        return _add_frozen(y, inputs, weight, bias).view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, packed, scales, a, b, inner = ctx.saved_tensors
+        inputs, packed, scales, a, b, inner, *decomposed = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
+        d_gain = None
+        if decomposed:
+            y, gain = decomposed
+            d_gain = (dy * y).sum(0, dtype=gain.dtype) / gain
+            dy = (dy * gain).to(dy.dtype)
         d_inner = dy @ (ctx.scale * b).to(dy.dtype)  # (S, rank)
         da = (d_inner.T @ inputs).to(a.dtype)
         db = ctx.scale * (dy.T @ inner).to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (d_inner @ a.to(dy.dtype)).addmm_(dy, dense(packed, scales)).view(ctx.shape).to(ctx.dtype)
-        return dx, None, None, None, da, db, None
+        return dx, None, None, None, da, db, None, d_gain
 
 
 class LokrProduct(torch.autograd.Function):

@@ -108,12 +108,11 @@ class LoraConfig(LowRankConfig):
             use_dora=self.use_dora,
             target_modules=list(paths),
         )
-        if not self.use_dora:
-            from torch import nn
+        from torch import nn
 
-            from sidestep.adapters.fused import FusedLora
+        from sidestep.adapters.fused import FusedDora, FusedLora
 
-            config._register_custom_module({nn.Linear: FusedLora})
+        config._register_custom_module({nn.Linear: FusedDora if self.use_dora else FusedLora})
         peft.inject_adapter_in_model(config, transformer)
         return LoraAdapter(transformer, paths, self)
 
@@ -185,9 +184,8 @@ class LoraAdapter(Adapter):
             layer.lora_A.float()  # PEFT makes them in the dtype of the weight they wrap
             layer.lora_B.float()
             if config.use_dora:
-                # PEFT measures the lengths in the weight's dtype, and in bf16 the start would not be the base model
-                magnitude = layer.lora_magnitude_vector.float()["default"]
-                magnitude.weight.data.copy_(layer.base_layer.weight.detach().float().norm(dim=1))
+                layer.lora_magnitude_vector.float()
+                layer.measure()
 
     def weights(self) -> dict[str, dict[str, nn.Parameter]]:
         weights: dict[str, dict[str, nn.Parameter]] = {}
