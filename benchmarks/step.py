@@ -8,7 +8,7 @@ All variants of a case share the frozen weights, and take turns in one process, 
 meets all of them; compare the ratios. On the CPU the time is that of the processor, and not of the clock.
 
 The floor is the frozen model with windowed attention, differentiated to its inputs, as all of them are. The usual way
-is PEFT with dropout 0.1, or LyCORIS adding to the weight, with attention that masks its window, with and without
+is PEFT, LoRA with dropout 0.1, or LyCORIS adding to the weight, with attention that masks its window, with and without
 gradient checkpointing. All adapters are on attention and MLP, with the default settings here (LoRA rank 64; LoKr rank
 64, factor 8).
 """
@@ -42,7 +42,7 @@ from sidestep.acestep.frozen import streamline
 from sidestep.adapters import AdapterConfig
 from sidestep.adapters.base import resolve_targets
 from sidestep.adapters.lokr import LokrConfig
-from sidestep.adapters.lora import LoraConfig
+from sidestep.adapters.lora import DoraConfig, LoraConfig
 from sidestep.training.loop import compile_blocks
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -105,7 +105,13 @@ def with_lycoris(transformer: AceStepTransformer1DModel) -> None:
     transformer.add_module("lycoris", layers.to(transformer.device))
 
 
+def peft_s_dora(transformer: AceStepTransformer1DModel) -> None:
+    paths = resolve_targets(transformer, TARGETS)
+    peft.get_peft_model(transformer, peft.LoraConfig(r=64, lora_alpha=64, use_dora=True, target_modules=paths))
+
+
 LORA, LOKR = LoraConfig(target_modules=TARGETS), LokrConfig(target_modules=TARGETS)
+DORA = DoraConfig(target_modules=TARGETS)
 VARIANTS: dict[str, tuple[Callable[[AceStepTransformer1DModel], None], bool]] = {
     "floor": (windowed(None), False),
     "frozen, masked attention": (lambda transformer: None, False),
@@ -113,6 +119,8 @@ VARIANTS: dict[str, tuple[Callable[[AceStepTransformer1DModel], None], bool]] = 
     "LoRA, checkpointed": (windowed(LORA), True),
     "LoRA, usual": (with_peft, False),
     "LoRA, usual, checkpointed": (with_peft, True),
+    "DoRA": (windowed(DORA), False),
+    "DoRA, usual": (peft_s_dora, False),
     "LoKr": (windowed(LOKR), False),
     "LoKr, checkpointed": (windowed(LOKR), True),
     "LoKr, usual": (with_lycoris, False),

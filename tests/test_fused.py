@@ -114,7 +114,60 @@ def test_lora_equals_its_formula(inputs, outputs):
     assert max(errors(*one_layer(LoraConfig(rank=64, alpha=128), inputs, outputs, size=0.02))) < 2e-6
 
 
-@pytest.mark.parametrize("config", [LoraConfig(rank=4), LokrConfig(rank=3, factor=4)], ids=["lora", "lokr"])
+def decomposed(inputs, outputs, *, size, longer, dtype=torch.float32):
+    """A DoRA layer with rows longer than the frozen ones by up to a share, and the change of its weight in float64.
+
+    ``size`` is that of the entries of scale * B A.
+    """
+    model, parameters, _ = one_layer(DoraConfig(rank=64, alpha=128), inputs, outputs, size=1, dtype=dtype)
+    base = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    a, b, _ = parameters
+    factor = (size / (2 * b @ a).std()).detach().sqrt()
+    a.data *= factor
+    b.data *= factor
+    parameters[2].data = base.detach().float().norm(dim=1) * (1 + longer * torch.rand(outputs))
+
+    def change(leaves):
+        a, b, magnitude = leaves
+        weight = base.double() + 2 * b @ a
+        return (magnitude / weight.detach().norm(dim=1))[:, None] * weight - base.double()
+
+    return model, parameters, change
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), DECODER_SHAPES)
+def test_dora_equals_its_formula_without_the_changed_weight(inputs, outputs):
+    assert max(errors(*decomposed(inputs, outputs, size=0.002, longer=0.3))) < 2e-6
+
+
+def test_a_young_dora_survives_in_bfloat16():
+    model, parameters, change = decomposed(512, 512, size=1e-5, longer=0, dtype=torch.bfloat16)
+    base = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    x = torch.randn(256, 512).bfloat16()
+    expected = x.double() @ change([parameter.detach().double() for parameter in parameters]).T
+    without = torch.nn.functional.linear(x, base)
+
+    def share(output):
+        return ((output.double() - without.double()) * expected).sum() / expected.square().sum()
+
+    assert share(model(x).detach()) == pytest.approx(1, abs=0.05)
+    assert share(without + expected.bfloat16()) < 0.5  # added to what is rounded already
+    assert max(errors(model, parameters, change, tokens=256)) < 0.01
+
+
+def test_dora_in_bfloat16_is_as_exact_as_peft_s_with_outputs_in_float32():
+    model, parameters, change = decomposed(512, 512, size=0.002, longer=0.3, dtype=torch.bfloat16)
+    ours = errors(model, parameters, change, tokens=256)
+    layer = model.layers[0].self_attn.to_q
+    layer.forward = types.MethodType(peft.tuners.lora.Linear.forward, layer)
+    with torch.autocast("cpu", torch.bfloat16):  # its products are rounded, and its output is not
+        theirs = errors(model, parameters, change, tokens=256)
+    assert max(ours) < 1.1 * max(theirs)
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(rank=4), DoraConfig(rank=4), LokrConfig(rank=3, factor=4)], ids=["lora", "dora", "lokr"]
+)
 def test_a_layers_bias_is_added(config):
     model, _, change = one_layer(config, 64, 32, size=0.02, bias=True)
     base = model.layers[0].self_attn.to_q

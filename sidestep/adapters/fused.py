@@ -36,7 +36,11 @@ class FusedLora(Linear):
 
 
 class FusedDora(Linear):
-    """PEFT's DoRA layer, computed by :class:`LoraProduct`; with dropout, as PEFT computes it."""
+    """PEFT's DoRA layer, computed by :class:`LoraProduct`; with dropout, as PEFT computes it.
+
+    In bfloat16 PEFT's outputs are float32, which all layers behind it keep. Here they are rounded, so lengths that
+    have changed by less than 0.2 % do not show in the output yet; their gradient does not depend on that.
+    """
 
     def measure(self) -> None:
         """Measure the rows of the frozen weight, and begin with their lengths, so that the start is the base model.
