@@ -58,7 +58,8 @@ def examine_sweep(overrides: Sequence[str]) -> None:
             times,
         )
     with quick_imports():  # here, so that a mistyped setting is answered before torch loads
-        from sidestep.checking.doctor import Examined
+        from sidestep.checking.doctor import LESS_DISK, Examined, free_gib
+        from sidestep.reporting.page import INLINE_MB
 
     examined, costs = Examined(), []
     for number, point in enumerate(points, start=1):
@@ -71,14 +72,19 @@ def examine_sweep(overrides: Sequence[str]) -> None:
             costs.append(None)
     known = [cost for cost in costs if cost is not None]
     num_refused = len(costs) - len(known)
+    music = times * sum(cost.music_gib for cost in known)
+    page = 4 / 3 * min(music, INLINE_MB / 1024)  # report.html holds that much of it as base64
+    gib, free = times * sum(cost.gib for cost in known) + page, free_gib(Path("outputs"))
     log.info(
-        "%d points: at most %.2f hours of devices and %.3g GiB of disk in all; %d cannot be begun",
+        "%d points: at most %.2f hours of devices and about %.3g GiB of disk in all; %d cannot be begun",
         len(points) * times,
         times * sum(cost.hours for cost in known),
-        times * sum(cost.gib for cost in known),
+        gib,
         num_refused * times,
     )
-    if num_refused:
+    if gib > free:
+        log.error("that does not fit on the disk, of which %.1f GiB are free; %s", free, LESS_DISK)
+    if num_refused or gib > free:
         sys.exit(1)
 
 

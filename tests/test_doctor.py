@@ -28,7 +28,7 @@ from sidestep.checking.doctor import (
     what_decides_cost,
     what_would_fit,
 )
-from sidestep.checking.dry_run import longest_micro_batch, measure_step
+from sidestep.checking.dry_run import Need, PreviewTimes, longest_micro_batch, measure_step
 from sidestep.checking.songs import check_songs, family_of
 from sidestep.config.settings import AttentionKernel
 from sidestep.data.dataset import SongDataset
@@ -105,6 +105,10 @@ def test_versions_of_one_song_on_both_sides_of_the_split_are_named(tmp_path, che
     [
         (("Old Mill.wav", "02 - old mill (live).flac"), True),
         (("old_mill_take_2.wav", "Old Mill - Take 3.wav", "old mill v2.wav"), True),
+        (("Sun.wav", "Sun_take2.wav", "sun-remastered.wav", "Sun rmx.wav", "live/Sun.wav"), True),
+        (("take five.wav", "mixed feelings.wav", "mixed.wav"), False),
+        (("a/01.wav", "b/01.wav"), False),
+        (("a/Track 1.wav", "b/track 1.wav"), False),
         (("track 1.wav", "track 2.wav"), False),
         (("12.wav", "13.wav"), False),
         (("99 luftballons.wav", "luftballons 98.wav"), False),
@@ -186,6 +190,8 @@ def test_evaluations_and_previews_are_counted_as_the_run_will_do_them(tmp_path, 
     run_training(tmp_path / "run", *typed)
     assert len(evaluated) == evaluated_songs(run)
     assert len(rendered) == sum(rendered_pieces(run)) == 3
+    taken = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()) / 2**30
+    assert 0.7 * cost.gib < taken < cost.gib
 
 
 def test_what_is_done_every_few_epochs_is_counted_as_the_loop_does_it(tmp_path, places):
@@ -256,9 +262,40 @@ def test_what_would_fit_names_no_more_than_is_needed(tmp_path, places, monkeypat
     assert "nothing that can be given up" in what_would_fit(run, 1)
 
 
-def test_checkpoints_are_counted_as_the_run_will_write_them(tmp_path, places):
-    typed = (*places, "max_epochs=25", "save_every_epochs=10")
-    assert num_checkpoints(open_run(train_config(*typed), tmp_path / "run", choices_of(*typed))) == 3
+@pytest.mark.parametrize(
+    ("typed", "count"),
+    [
+        ("max_epochs=25 save_every_epochs=10", 3),
+        ("max_epochs=25 save_every_epochs=1 keep_last=2", 2),
+        ("max_epochs=25 save_every_epochs=1 keep_last=2 keep_every=10", 5),  # 10, 20, 24, 25, and one to be safe
+        ("max_epochs=25 save_every_epochs=4 keep_last=2 keep_every=10", 4),  # 20, 24, 25, likewise
+        ("max_epochs=25 save_every_epochs=10 keep_last=5 keep_every=2", 3),
+    ],
+)
+def test_checkpoints_are_counted_as_the_run_will_keep_them(tmp_path, places, typed, count):
+    settings = (*places, *typed.split())
+    assert num_checkpoints(open_run(train_config(*settings), tmp_path / "run", choices_of(*settings))) == count
+
+
+def test_music_is_counted_on_the_disk_and_in_tensorboard(tmp_path, places, monkeypatch, caplog):
+    nothing = Need(0, 1, 0, 0, 0, 0, 0, 0, previews=PreviewTimes(0, 0, 0))
+    monkeypatch.setattr(doctor, "measure_step", lambda *_: nothing)
+    cost = look(tmp_path, *places, "max_epochs=2", "previews.every_epochs=1", "previews.seconds=10")
+    samples = 10 * 48_000 * 6  # two prompts of the base model and of two epochs
+    assert cost.music_gib * 2**30 > samples * 4  # two channels of 16 bits
+    assert (cost.gib - cost.music_gib) * 2**30 > samples * 2  # one channel
+    assert "6 previews, here and in TensorBoard" in caplog.text
+
+
+def test_points_that_fit_one_by_one_may_not_fit_together(monkeypatch, caplog):
+    monkeypatch.setattr("sidestep.doctor._examine", lambda *_: Cost(hours=1, gib=45, music_gib=1))
+    monkeypatch.setattr(doctor, "free_gib", lambda folder: 69.5)
+    typed = ["dataset_dir=data", "name=s"]
+    with pytest.raises(SystemExit):
+        examine_sweep([*typed, "seed=1,2"])
+    assert "2 points: at most 2.00 hours of devices and about 90 GiB of disk in all; 0 cannot be begun" in caplog.text
+    assert "that does not fit on the disk, of which 69.5 GiB are free; use keep_last=3" in caplog.text
+    examine_sweep([*typed, "seed=1"])
 
 
 def test_a_sweep_is_summed_up_and_a_point_that_cannot_be_is_named(tmp_path, places, caplog, monkeypatch):
@@ -288,8 +325,8 @@ def test_points_that_differ_in_what_a_step_costs_are_measured_apart(tmp_path, pl
 
     assert key("adapter.dropout=0.1") == key("adapter.dropout=0.2") != key("adapter.dropout=0")
     run = open_run(train_config(*places), tmp_path, choices_of(*places))
-    flex = replace(run.config, attention_kernel=AttentionKernel.flex)
-    assert what_decides_cost(replace(run, config=flex)) != what_decides_cost(run)
+    for other in ({"attention_kernel": AttentionKernel.flex}, {"compile": True}):  # which a CPU would refuse
+        assert what_decides_cost(replace(run, config=replace(run.config, **other))) != what_decides_cost(run)
 
 
 def test_a_sweep_that_chooses_its_points_is_taken_at_its_dearest():

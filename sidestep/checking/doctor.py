@@ -26,15 +26,21 @@ from sidestep.training.tracking import versions
 
 log = logging.getLogger(__name__)
 
+STEP_LOG = 512
+"""Bytes that a step leaves in metrics.jsonl and TensorBoard."""
+LESS_DISK = "use keep_last=3, a larger save_every_epochs, or fewer previews"
+
 
 @dataclass(frozen=True)
 class Cost:
-    """The most that a run can take."""
+    """What a run can take."""
 
     hours: float
-    """Of devices: those of all processes together."""
+    """Of devices: those of all processes together; no run takes more."""
     gib: float
     """Of disk."""
+    music_gib: float
+    """Of these, previews that a report page can hold once more."""
 
 
 @dataclass
@@ -99,7 +105,13 @@ def what_decides_cost(run: Run) -> str:
     optim = {key: value for key, value in asdict(config.optim).items() if key == "paged"}
     about = [run.device, run.precision, run.memory, run.record.model, run.record.dataset, adapter, optim]
     about += [run.record.choices["optim"], run.num_processes, config.prior_dataset_dir, config.data]
-    about += [config.attention_kernel, config.validation.seconds, config.validation.num_times, config.previews]
+    about += [
+        config.compile,
+        config.attention_kernel,
+        config.validation.seconds,
+        config.validation.num_times,
+        config.previews,
+    ]
     return repr(about)
 
 
@@ -173,28 +185,35 @@ def _say_cost(run: Run, need: Need) -> Cost | None:
     hours = seconds * run.num_processes / 3600
     of_devices = f"{hours:.2f} hours of {run.device.type}"
     _say("time", f"at most {duration(seconds)}: {', '.join(parts)}; {of_devices}")
-    gib = _say_disk(run, need)
-    return None if gib is None else Cost(hours, gib)
+    return _say_disk(run, need, hours)
 
 
-def _say_disk(run: Run, need: Need) -> float | None:
+def _say_disk(run: Run, need: Need, hours: float) -> Cost | None:
     ema = need.adapter if run.config.ema_decay is not None else 0.0
     checkpoint = 2 * need.adapter + need.optimizer + ema
-    num_kept = min(run.config.keep_last or math.inf, num_checkpoints(run))
+    num_kept = num_checkpoints(run)
     adapters = {"final/": need.adapter, "final_ema/": ema, "best/": need.adapter if run.held_out else 0.0}
-    music = run.config.previews.seconds * SAMPLE_RATE * 4 / 2**30  # as long as flac can save nothing
     num_pieces = sum(rendered_pieces(run))
-    gib = checkpoint * num_kept + sum(adapters.values()) + music * num_pieces
+    samples = run.config.previews.seconds * SAMPLE_RATE
+    picture = 3 * 128 * min(600, samples / 256)  # a spectrogram
+    music = num_pieces * (4 * samples + picture) / 2**30  # as if nothing could be compressed
+    board = (num_pieces * (2 * samples + picture) + run.num_steps * STEP_LOG) / 2**30  # with one channel
+    gib = checkpoint * num_kept + sum(adapters.values()) + music + board
     parts = [f"{num_kept} checkpoints of {checkpoint:.3g} GiB", *(name for name, size in adapters.items() if size)]
     if num_pieces:
-        parts.append(f"{num_pieces} previews")
-    there = next(path for path in run.output_dir.absolute().parents if path.exists())
-    free = shutil.disk_usage(there).free / 2**30
-    _say("disk", f"{', '.join(parts)}: {gib:.3g} GiB; {free:.1f} GiB are free")
+        parts.append(f"{num_pieces} previews, here and in TensorBoard")
+    free = free_gib(run.output_dir)
+    _say("disk", f"about {gib:.3g} GiB: {', '.join(parts)}; {free:.1f} GiB are free")
     if gib > free:
-        _say("  note", "that does not fit; use keep_last=3, or a larger save_every_epochs")
+        _say("  note", f"that does not fit; {LESS_DISK}")
         return None
-    return gib
+    return Cost(hours, gib, music)
+
+
+def free_gib(folder: Path) -> float:
+    """Room on the disk that a folder, which need not exist yet, will lie on."""
+    there = next(path for path in folder.absolute().parents if path.exists())
+    return shutil.disk_usage(there).free / 2**30
 
 
 def times_done(run: Run, every_epochs: int) -> int:
@@ -226,11 +245,20 @@ def rendered_pieces(run: Run) -> list[int]:
 
 
 def num_checkpoints(run: Run) -> int:
-    """How many checkpoints a whole run writes, if none is removed."""
+    """How many checkpoints a whole run leaves, at most."""
     config, last = run.config, run.num_steps
-    by_epochs = run.epoch_at(last) / config.save_every_epochs if config.save_every_epochs is not None else 0
-    by_steps = last / config.save_every_steps if config.save_every_steps is not None else 0
-    return max(1, math.ceil(by_epochs) + math.floor(by_steps))
+    epochs = run.epoch_at(last)
+
+    def saved(divided_by: int) -> int:
+        """Those whose number it divides, the last one always counted."""
+        by_epochs = epochs / math.lcm(config.save_every_epochs, divided_by) if config.save_every_epochs else 0
+        by_steps = last / math.lcm(config.save_every_steps, divided_by) if config.save_every_steps else 0
+        return max(1, math.ceil(by_epochs) + math.floor(by_steps))
+
+    if config.keep_last is None:
+        return saved(1)
+    others = saved(config.keep_every) if config.keep_every is not None else 0
+    return min(saved(1), config.keep_last + others)
 
 
 CHANGES: list[dict[str, Any]] = [

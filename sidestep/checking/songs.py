@@ -17,9 +17,10 @@ from sidestep.data.manifest import AGAIN, SongRecord, parse_cuts
 SHOWN = 3
 _TRACK = re.compile(r"^\d+[\s._-]+")
 _VERSION = re.compile(
-    r"[\(\[].*?[\)\]]|\b(?:live|remix|demo|instrumental|acapella|acoustic|edit|version|take|part|pt|mix|master)\b *\d*"
-    r"|\bv\d+\b"
+    r"[\(\[].*?[\)\]]|\bv\d+\b|\b(?:live|demo|instrumental|acapella|acoustic|edit|version|take|part|pt|"
+    r"mix|remix|rmx|master|remaster|remastered) *\d*\b"
 )
+_NUMBER_ONLY = re.compile(r"(?:track *)?\d+")
 
 
 def check_songs(dataset: SongDataset, held_out: Sequence[int]) -> list[str]:
@@ -95,11 +96,14 @@ def _families(songs: Sequence[SongRecord], held_out: set[int]) -> list[str]:
 def family_of(audio: str) -> str:
     """A file name without its track number, brackets and words like live: what versions of a song have in common.
 
-    Other numbers stay, since "track 1" and "track 2" are two songs.
+    Other numbers stay, since "track 1" and "track 2" are two songs. A name that is nothing but a number says which song
+    of its folder it is, so the folder is named too.
     """
-    stem = PurePosixPath(audio).stem.lower()
+    path = PurePosixPath(audio)
+    stem = path.stem.lower()
     words = re.sub(r"[_.\-\s]+", " ", _TRACK.sub("", stem))
-    return " ".join(_VERSION.sub(" ", words).split()) or stem
+    family = " ".join(_VERSION.sub(" ", words).split()) or stem
+    return f"{path.parent}/{family}" if _NUMBER_ONLY.fullmatch(family) else family
 
 
 def _some(names: Iterable[str]) -> str:
