@@ -95,7 +95,7 @@ def parse_record(text: str) -> dict[str, Any]:
     for key, kind in _KINDS.items():
         if key in record and not isinstance(record[key], kind):
             raise ValueError(f"{key} is {record[key]!r:.60}")
-    for key in ("best_loss", "best_step", "base_loss", "train_loss"):
+    for key in ("best_loss", "best_train_loss", "best_step", "base_loss", "train_loss"):
         if not isinstance(value := record.get("validation", {}).get(key), int | float | None):
             raise ValueError(f"validation.{key} is {value!r:.60}")
     return record

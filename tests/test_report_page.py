@@ -44,7 +44,8 @@ def write_point(
     overrides = ["adapter=lora", f"adapter.rank={rank}", f"optim.lr={lr}"]
     point = {"overrides": overrides, "status": status, "error": error, "objective": best, "seconds": 12.0}
     (folder / "point.json").write_text(json.dumps(point))
-    validation = {"hash": evaluated, "best_loss": best, "best_step": steps // 2, "base_loss": 1.5, "train_loss": 0.9}
+    validation = {"hash": evaluated, "best_loss": best, "best_step": steps // 2, "base_loss": 1.5}
+    validation |= {"train_loss": 0.7, "best_train_loss": 0.9}
     record = {
         "status": status,
         "step": steps,
@@ -61,6 +62,7 @@ def write_point(
         {
             "step": s, "loss": (best or 1) + abs(s - steps // 2) / 50, "base_loss": 1.5, "times": times,
             "losses": [0.8, 1.2], "base_losses": [1.4, 1.6], "hash": evaluated,
+            "train_loss": 1.1 - s / 100, "drift": s / 50,
         }
         for s in range(10, steps + 1, 10)
     ]  # fmt: skip
@@ -124,6 +126,14 @@ def test_small_music_is_part_of_the_page_and_more_is_linked(sweep, tmp_path, bro
     page.close()
 
 
+def test_the_page_of_one_run_leads_to_its_record(sweep, tmp_path, browser):
+    run = shutil.copytree(sweep / "lora-rank8", tmp_path / "s/run")
+    page = browser.new_page()
+    page.goto(write_page(run, inline_mb=0).as_uri())
+    assert (run / page.locator("#runs tbody a").get_attribute("href")).samefile(run / "run.json")
+    page.close()
+
+
 def test_a_list_of_previews_cannot_name_files_elsewhere(tmp_path):
     folder = write_point(tmp_path / "s/run", num_previews=1)
     (tmp_path / "secret.flac").write_bytes(b"secret")
@@ -148,8 +158,11 @@ def test_a_real_run_has_its_curve_its_evaluations_and_its_music(tmp_path, checkp
     assert row["validation_best_loss"] == record["validation"]["best_loss"] == row["objective"]
     assert shown["evaluations"]["steps"] == [3, 6]
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
-    assert shown["evaluations"]["losses"] == [line["loss"] for line in rows]
+    curves = {"losses": "loss", "train_losses": "train_loss", "base_losses": "base_loss", "drifts": "drift"}
+    for curve, key in curves.items():
+        assert shown["evaluations"][curve] == [line[key] for line in rows]
     best = min(rows, key=lambda line: line["loss"])
+    assert row["validation_best_train_loss"] == best["train_loss"]
     assert shown["by_time"] == {key: best[key] for key in ("times", "losses", "base_losses")}
     assert [(preview["scale"], preview["epoch"]) for preview in shown["previews"]] == [(0.0, 0.0), (1.0, 2.0)]
     assert row["memory_gib"] == round(record["memory_gib"], 2) > 0
@@ -200,6 +213,14 @@ def test_a_damaged_file_costs_no_more_than_what_it_said(file, tmp_path):
 @pytest.mark.parametrize("process", [-1, 10**15])
 def test_what_is_no_number_of_a_process_is_no_process(process):
     assert is_alive(PointRecord(overrides=[], host=socket.gethostname(), process=process), None) is False
+
+
+def test_a_setting_that_is_called_like_a_column_has_its_own_in_the_table(tmp_path):
+    point = write_point(tmp_path / "run")
+    record = json.loads((point / "point.json").read_text())
+    (point / "point.json").write_text(json.dumps(record | {"overrides": ["objective=velocity"]}))
+    (row,) = csv.DictReader(io.StringIO(as_csv(collect_points(tmp_path))))
+    assert (row["objective"], row["settings.objective"]) == ("1.0", "velocity")
 
 
 def test_evaluations_with_other_settings_are_not_in_a_runs_curve(tmp_path):
@@ -286,7 +307,7 @@ def test_every_number_of_the_table_is_that_of_the_files(opened, sweep):
         point = json.loads((sweep / shown["run"] / "point.json").read_text())
         settings = dict(override.split("=") for override in point["overrides"])
         measured = record.get("validation", {})
-        numbers = {"held-out loss": "best_loss", "base": "base_loss", "training songs": "train_loss"}
+        numbers = {"held-out loss": "best_loss", "base": "base_loss", "training songs": "best_train_loss"}
         assert {name: shown[name] for name in numbers} == {
             name: f"{measured[key]:.4f}" if measured else "" for name, key in numbers.items()
         }
@@ -312,8 +333,10 @@ def test_the_table_filters_by_words_and_status(opened):
 
 def test_ticked_runs_are_drawn_and_can_be_zoomed(opened):
     assert opened.locator("#legend li").count() == 3
-    for chart in ("chart-train", "chart-validation", "chart-times", "chart-setting"):
+    for chart in ("chart-train", "chart-validation", "chart-times", "chart-drift", "chart-setting"):
         assert opened.locator(f"#{chart} canvas").count() == 1
+    lines = opened.locator("#chart-validation .u-legend .u-label").all_inner_texts()
+    assert (lines.count("training songs"), lines.count("base model")) == (3, 3)
     opened.get_by_label("show lora-rank8").uncheck()
     assert opened.locator("#legend li").all_inner_texts() == ["lora-rank16", "lora-rank4"]
 
@@ -389,11 +412,21 @@ def test_music_plays_side_by_side_one_at_a_time(opened):
     assert seconds == pytest.approx(0.1)
 
 
+def hold(page, key: str) -> str:
+    """Hold a key until it repeats, and say how many comparisons are left."""
+    for _ in range(4):
+        page.keyboard.down(key)
+    page.keyboard.up(key)
+    return page.locator("#blind-count").inner_text()
+
+
 def test_a_blind_comparison_shows_no_name_and_saves_what_was_chosen(opened, tmp_path):
-    opened.locator("#blind-start").click()
+    opened.locator("#blind-start").focus()
+    assert hold(opened, "Enter") == "10 to go"  # begun, and nothing chosen
     assert not opened.locator("#players").is_visible()
-    opened.keyboard.press("a")
-    opened.keyboard.press("b")
+    assert hold(opened, "a") == "9 to go"
+    opened.locator("[data-choice=b]").focus()
+    assert hold(opened, "Enter") == "8 to go"
     opened.locator("[data-choice=none]").click()
     opened.locator("#blind-end").click()
     assert opened.locator("#choices tbody tr").count() >= 2

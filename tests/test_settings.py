@@ -50,7 +50,7 @@ MISTAKES = {
     "adaptr.rank=8": "adaptr.rank is not a setting; did you mean adapter.rank?",
     "max_epoch=3": "max_epoch is not a setting; did you mean max_epochs?",
     "+max_epoch=3": "max_epoch is not a setting; did you mean max_epochs?",
-    "+nothing_like_it=3": "nothing_like_it is not a setting",
+    "+nothing_like_it=3": "nothing_like_it is not a setting; --cfg job in its place shows all of them",
     "adapter.rank=abc": "adapter.rank=abc: Value 'abc' of type 'str' could not be converted to Integer",
     "adapter.rank=1.5": "adapter.rank=1.5: Value '1.5' of type 'float' could not be converted to Integer",
     "max_steps=true": "max_steps=true: Value 'True' of type 'bool' could not be converted to Integer",

@@ -167,6 +167,7 @@ def test_a_run_evaluates_every_epoch_and_keeps_its_best_adapter(run):
     assert [row["step"] for row in rows] == [1, 2, 3]
     best = min(rows, key=lambda row: row["loss"])
     record = json.loads((run / "run.json").read_text())["validation"]
+    assert record["best_train_loss"] == best["train_loss"]
     assert record["best_loss"] == best["loss"] == float((run / "returned.txt").read_text())
     assert record["best_step"] == best["step"]
     assert record["hash"] == best["hash"]

@@ -321,7 +321,7 @@ def not_a_setting(leaf: str, known: Sequence[str], parent: str = "", rest: str =
         return f"{key}{rest} is not a setting{meant}"
     if parent:
         return f"{key} is not a setting; {parent} has {', '.join(known) or 'no settings'}"
-    return f"{key}{rest} is not a setting; python -m sidestep.<command> --cfg job shows all of them"
+    return f"{key}{rest} is not a setting; --cfg job in its place shows all of them"
 
 
 def _schemas(group: str) -> list[str]:

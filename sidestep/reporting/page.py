@@ -40,7 +40,9 @@ class Evaluations:
 
     steps: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    train_losses: list[float | None] = field(default_factory=list)
     base_losses: list[float | None] = field(default_factory=list)
+    drifts: list[float | None] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -138,7 +140,9 @@ def _read_run(row: dict[str, Any], folder: Path | None, page_dir: Path, curve: i
     for line in _thinned(evaluations, curve):
         run.evaluations.steps.append(line["step"])
         run.evaluations.losses.append(line["loss"])
+        run.evaluations.train_losses.append(_finite(line.get("train_loss")))
         run.evaluations.base_losses.append(_finite(line.get("base_loss")))
+        run.evaluations.drifts.append(_finite(line.get("drift")))
     best = next((line for line in evaluations if line["step"] == row["validation_best_step"]), {})
     run.by_time = {key: best.get(key) for key in ("times", "losses", "base_losses")}
     lengths = {len(numbers) if _are_finite(numbers) else -1 for numbers in run.by_time.values()}

@@ -333,7 +333,7 @@ def write_tables(sweep_dir: Path, points: Sequence[Point]) -> None:
     write_text(sweep_dir / "sweep.json", as_json(points))
 
 
-_EVALUATED = ("best_loss", "best_step", "base_loss", "train_loss", "hash")
+_EVALUATED = ("best_loss", "best_step", "base_loss", "best_train_loss", "hash")
 
 
 def rows_of(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -407,12 +407,15 @@ def _trained_on(point: Point) -> str:
 
 
 def as_csv(points: Sequence[Point]) -> str:
-    """The table with one column per setting that was typed for any point."""
+    """The table with one column per setting that was typed for any point.
+
+    A setting that is called like another column, as ``objective`` is, becomes ``settings.objective``.
+    """
     rows, keys = rows_of(points), _keys(points)
     columns = [key for key in (rows[0] if rows else {}) if key != "settings"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *keys])
+    writer.writerow([*columns, *(f"settings.{key}" if key in columns else key for key in keys)])
     writer.writerows([*(row[key] for key in columns), *(row["settings"].get(key, "") for key in keys)] for row in rows)
     return text.getvalue()
 

@@ -148,7 +148,7 @@ class RunRecord:
     train_seconds: float = 0.0
     """Time spent on steps, over all the times the run was started."""
     validation: dict[str, Any] = field(default_factory=dict)
-    """hash, loss, base_loss, best_loss, best_step, scales; empty without held-out songs."""
+    """hash, loss, base_loss, best_loss, best_train_loss, best_step, scales and more; empty without held-out songs."""
     started: str = ""
     finished: str = ""
     host: str = ""

@@ -113,6 +113,7 @@ class Validation:
         self.trained = lowest_places(run.all_songs.songs, run.trained, len(self.held_out))
         self.hash = run.validation_hash()
         self.best_loss, self.best_step = math.inf, 0
+        self.best_train_loss: float | None = None
         """Of the adapter in best/."""
         self.lowest_loss, self.num_worse = math.inf, 0
         """Of all evaluations, and how many there were after it; its adapter may be gone."""
@@ -128,8 +129,8 @@ class Validation:
         """What ``run.json`` says."""
         assert self.last is not None
         last = {key: getattr(self.last, key) for key in ("num_songs", "loss", "base_loss", "difference", "train_loss")}
-        best = {"best_loss": self.best_loss if self.best_step else None, "best_step": self.best_step}
-        return {"hash": self.hash, **best, **last}
+        best = {"best_loss": self.best_loss if self.best_step else None, "best_train_loss": self.best_train_loss}
+        return {"hash": self.hash, **best, "best_step": self.best_step, **last}
 
     def restore(self, first_step: int) -> None:
         """Go on from a checkpoint of step ``first_step``: read what was found up to it, and see to best/."""
@@ -140,7 +141,7 @@ class Validation:
             self.best_step = self.run.restore_best([row.step for row in by_loss])
             for row in by_loss:
                 if row.step == self.best_step:
-                    self.best_loss = row.loss
+                    self.best_loss, self.best_train_loss = row.loss, row.train_loss
             if by_loss and self.best_step != (gone := by_loss[0]).step:
                 log.warning("the adapter of step %d, with the lowest loss so far, %.4f, is gone", gone.step, gone.loss)
             self.lowest_loss = by_loss[0].loss if by_loss else math.inf
@@ -237,7 +238,7 @@ class Validation:
         self.last = self._evaluation(transformer, step, mean, between_songs)
         self.last_step = step
         if self.last.loss < self.best_loss:
-            self.best_loss, self.best_step = self.last.loss, step
+            self.best_loss, self.best_step, self.best_train_loss = self.last.loss, step, self.last.train_loss
         self.num_worse = 0 if self.last.loss < self.lowest_loss else self.num_worse + 1
         if self.num_worse == 0:
             self.lowest_loss = self.last.loss
@@ -386,7 +387,7 @@ class Validation:
                 noisy_latents, torch.tensor([0.5], device=self.device), self.run.null_condition[None].to(self.device)
             )
         transformer.train(was_training)
-        return output.double().cpu()
+        return output.double().cpu().contiguous()  # as it is read back, so that sums over it are the same to the bit
 
 
 @contextmanager

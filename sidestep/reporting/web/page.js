@@ -58,7 +58,7 @@
           { name: "held-out loss", value: heldOut, number: true },
           { name: "base", value: (r) => r.validation_base_loss, number: true },
           { name: "best step", value: (r) => r.validation_best_step, number: true, digits: 0 },
-          { name: "training songs", value: (r) => r.validation_train_loss, number: true },
+          { name: "training songs", value: (r) => r.validation_best_train_loss, number: true },
         ]
       : []),
     ...(!validated || measured.some((run) => !run.validation_hash) ? [{ name: "smoothed loss", value: (r) => (r.validation_hash ? null : r.objective), number: true }] : []),
@@ -123,7 +123,7 @@
       row.lastChild.append(box);
       for (const column of columns) {
         const cell = make("td", column.name === "run" ? "" : shown(column, run), { class: column.number ? "number" : column.name === "error" ? "error" : "text" });
-        if (column.name === "run") cell.append(run.folder && run.folder !== "." ? make("a", run.name, { href: `${link(run.folder)}/run.json` }) : make("span", column.value(run)));
+        if (column.name === "run") cell.append(run.folder ? make("a", run.name, { href: `${link(run.folder)}/run.json` }) : make("span", column.value(run)));
         row.append(cell);
       }
       return row;
@@ -153,6 +153,7 @@
   };
   const picked = () => [...chosen].sort((a, b) => a - b).map((index) => runs[index]);
   let plots = [];
+  const [DASHED, DOTTED] = [[6, 4], [1, 4]];
 
   const zooms = new Map(); // which part each chart shows, also after it is drawn anew; null for all of it
   const moves = {
@@ -233,7 +234,7 @@
             label: line.label,
             stroke: line.stroke,
             width: 1.5,
-            dash: line.dash ? [6, 4] : undefined,
+            dash: line.dash,
             spanGaps: true,
             paths: options.points ? () => null : line.bars ? uPlot.paths.bars({ size: [line.width, 60], align: line.align }) : undefined,
             fill: line.bars ? line.stroke : undefined,
@@ -264,12 +265,19 @@
       "chart-validation",
       "step",
       list.flatMap((run) => {
-        const { steps: x, losses, base_losses } = run.evaluations;
+        const { steps: x, losses, train_losses, base_losses } = run.evaluations;
         return [
           { label: run.label, x, y: losses, stroke: stroke.get(run.index) },
-          { label: "base model", x, y: base_losses, stroke: stroke.get(run.index), dash: true },
+          { label: "training songs", x, y: train_losses, stroke: stroke.get(run.index), dash: DOTTED },
+          { label: "base model", x, y: base_losses, stroke: stroke.get(run.index), dash: DASHED },
         ];
       }),
+      { empty: "No held-out songs: train with validation.fraction=0.1." },
+    );
+    plot(
+      "chart-drift",
+      "step",
+      list.map((run) => ({ label: run.label, x: run.evaluations.steps, y: run.evaluations.drifts, stroke: stroke.get(run.index) })),
       { empty: "No held-out songs: train with validation.fraction=0.1." },
     );
     plot(
@@ -280,7 +288,7 @@
         if (!best.times) return [];
         return [
           { label: run.label, x: best.times, y: best.losses, stroke: stroke.get(run.index), bars: list.length === 1, width: 0.5, align: 0 },
-          { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: true },
+          { label: "base model", x: best.times, y: best.base_losses, stroke: list.length === 1 ? colour("--soft") : stroke.get(run.index), dash: DASHED },
         ];
       }),
       { empty: "No held-out songs: train with validation.fraction=0.1.", bars: list.length === 1 },
@@ -419,7 +427,7 @@
     at("blind").hidden = false;
     at("blind-result").hidden = true;
     nextPair();
-    at("blind").querySelector("button").focus();
+    at("blind-prompt").focus(); // no button, which the key that was pressed here would press at once
   }
 
   const saved = (c) => ({ run: c.run.name, epoch: c.preview.epoch, scale: c.preview.scale, file: c.preview.file || c.preview.audio });
@@ -460,8 +468,11 @@
   at("blind-start").addEventListener("click", startBlind);
   at("blind-end").addEventListener("click", endBlind);
   for (const button of document.querySelectorAll("[data-choice]")) button.addEventListener("click", () => choose(button.dataset.choice));
+  at("listening").addEventListener("keydown", (event) => {
+    if (event.repeat && event.key === "Enter") event.preventDefault(); // a key that is held presses a button once
+  });
   addEventListener("keydown", (event) => {
-    if (at("blind").hidden || event.ctrlKey || event.metaKey || event.altKey || /INPUT|SELECT/.test(event.target.tagName)) return;
+    if (event.repeat || at("blind").hidden || event.ctrlKey || event.metaKey || event.altKey || /INPUT|SELECT/.test(event.target.tagName)) return;
     const key = event.key.toLowerCase();
     if (key === "1" || key === "2") {
       const audio = at(key === "1" ? "blind-a" : "blind-b");
