@@ -16,8 +16,9 @@ from sidestep.config.gate import compose_or_explain, to_dataclass
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.training.fisher import Importance, allocate, analyze, measure, next_command
+from sidestep.training.run import open_run
 from sidestep.training.signals import Interrupted
-from tests.factories import analyze_config, run_training, train_config
+from tests.factories import analyze_config, choices_of, run_training, train_config
 
 FITTING = ("adapter.rank=4", "adapter.target_modules=[q_proj,up_proj]")
 
@@ -108,7 +109,7 @@ def analyzed(tmp_path_factory, checkpoint_dir, dataset_dir):
     folder = tmp_path_factory.mktemp("analyzed")
     typed = [
         f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "rank=4", "max_rank=16", "num_examples=6",
-        "max_seconds=2", "target_modules=[q_proj,up_proj]",
+        "max_seconds=2", "target_modules=[q_proj,up_proj]", "validation.songs=[song1.wav]",
     ]  # fmt: skip
     return [analyze(analyze_config(*typed, f"output={folder}/{name}.json")) for name in ("one", "other")]
 
@@ -141,11 +142,25 @@ def test_the_command_it_ends_with_trains_with_the_ranks(analyzed, tmp_path):
     path = tmp_path / "ranks, of mine.json"
     path.write_bytes(analyzed[0].read_bytes())
     wanted = ["rank=4", "target_modules=[q_proj,up_proj]", "checkpoint_dir=some where", "dataset_dir=data"]
+    wanted.append('validation.songs=["live/*","My Song [Live].wav"]')
     typed = shlex.split(next_command(analyze_config(*wanted), path))
     assert typed[:3] == ["python", "-m", "sidestep.train"]
     config = to_dataclass(compose_or_explain("train", typed[3:]), TrainConfig)
     assert (config.checkpoint_dir, config.model_variant.name) == ("some where", "base")
     assert config.adapter.rank_pattern == json.loads(path.read_text())["rank_pattern"]
+    assert config.validation.songs == ["live/*", "My Song [Live].wav"]
+    assert "validation.fraction=0.1 " in next_command(analyze_config("validation.fraction=0.1"), path)
+
+
+def test_songs_that_will_be_held_out_choose_no_ranks(analyzed, tmp_path, checkpoint_dir, dataset_dir, caplog):
+    typed = ["adapter=lora", *FITTING, f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}"]
+    typed.append(f"adapter.rank_pattern_file={analyzed[0]}")
+    for held_out in ([1], [1, 2]):
+        names = ",".join(f"song{number}.wav" for number in held_out)
+        config = train_config(*typed, f"validation.songs=[{names}]")
+        open_run(config, tmp_path / "run", choices_of(*typed))
+        warned = [line for line in caplog.messages if "chosen on 1 of the 2 held-out songs (first song2.wav)" in line]
+        assert len(warned) == (held_out == [1, 2])
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         self.analyzed_for: str | None = None  # no field: it is checked once and is no setting
         """Name of the model variant that a file of ranks was made for."""
+        self.analyzed_songs: list[str] = []
+        """Content ids of the songs that it was measured on."""
         if not self.target_modules:
             raise UserError("adapter.target_modules is empty; name at least one, for example [q_proj,v_proj]")
         if not self.default_lr > 0:

@@ -77,8 +77,9 @@ class LoraConfig(LowRankConfig):
                     f"adapter.rank_pattern_file={path} was made with {key}={typed}, and adapter.{key} is {own}; "
                     f"type adapter.{key}={typed}, or run python -m sidestep.analyze again"
                 )
-        about = content.get("about")
-        self.analyzed_for = about.get("model_variant") if isinstance(about, dict) else None
+        about = content["about"] if isinstance(content.get("about"), dict) else {}
+        self.analyzed_for, songs = about.get("model_variant"), about.get("songs")
+        self.analyzed_songs = songs if isinstance(songs, list) else []
 
     def rank_of(self, original_path: str) -> int:
         """Return the rank of one module."""

@@ -9,13 +9,32 @@ from sidestep.errors import UserError
 
 
 @dataclass(kw_only=True)
-class ValidationConfig:
-    """Songs that are held out of training, and how they are evaluated."""
+class HoldOutConfig:
+    """Songs that are held out of training."""
 
     fraction: float = 0.0
     """Share of the songs to hold out, at least one of them; 0 holds out none."""
     songs: list[str] = field(default_factory=list)
     """Hold out these audio files instead, named as in songs.jsonl; * stands for any letters: [live/*,first.wav]."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise UserError(f"validation.fraction={self.fraction:g} must be at least 0 and below 1")
+        if self.songs and self.fraction:
+            raise UserError(
+                f"validation.songs already says what is held out; leave validation.fraction={self.fraction:g} out"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any song is to be held out."""
+        return bool(self.songs) or self.fraction > 0
+
+
+@dataclass(kw_only=True)
+class ValidationConfig(HoldOutConfig):
+    """Songs that are held out of training, and how they are evaluated."""
+
     every_epochs: int = 5
     """How often the held-out songs are evaluated; the last step always is."""
     seconds: float = 30.0
@@ -30,12 +49,7 @@ class ValidationConfig:
     """Strengths at which the best adapter is evaluated at the end."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise UserError(f"validation.fraction={self.fraction:g} must be at least 0 and below 1")
-        if self.songs and self.fraction:
-            raise UserError(
-                f"validation.songs already says what is held out; leave validation.fraction={self.fraction:g} out"
-            )
+        super().__post_init__()
         _at_least(1, "validation", every_epochs=self.every_epochs, num_times=self.num_times, patience=self.patience)
         if self.num_times > 100:
             raise UserError(f"validation.num_times={self.num_times} must be no more than 100")
@@ -50,11 +64,6 @@ class ValidationConfig:
                 f"validation.patience={self.patience} has no effect without held-out songs; "
                 f"type validation.fraction=0.1"
             )
-
-    @property
-    def is_on(self) -> bool:
-        """Whether any song is to be held out."""
-        return bool(self.songs) or self.fraction > 0
 
     def without_effect(self) -> list[str]:
         """One sentence for each setting that was changed and has no effect."""

@@ -54,7 +54,16 @@ IMPORTANT = {
         "window_seconds",
         "tile_seconds",
     ],
-    "analyze": ["dataset_dir", "checkpoint_dir", "output", "target_modules", "rank", "max_rank", "num_examples"],
+    "analyze": [
+        "dataset_dir",
+        "checkpoint_dir",
+        "output",
+        "target_modules",
+        "rank",
+        "max_rank",
+        "num_examples",
+        "validation.fraction",
+    ],
     "songs": ["audio_dir", "metadata_file", "file_tags", "only", "add_tag", "remove_tag", "fill", "estimate", "write"],
     "export": [
         "adapter_dir",

@@ -18,7 +18,7 @@ from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import AdapterConfig
 from sidestep.config.cluster import SlurmConfig
 from sidestep.config.data import DataConfig
-from sidestep.config.evaluation import PreviewConfig, ValidationConfig
+from sidestep.config.evaluation import HoldOutConfig, PreviewConfig, ValidationConfig
 from sidestep.config.schema import option, root
 from sidestep.errors import UserError
 from sidestep.training.flow import ObjectiveConfig, TimestepConfig
@@ -571,6 +571,8 @@ class AnalyzeConfig:
     """Longest excerpt, in seconds."""
     allow_leaked_reference: bool = False
     """Measure on datasets whose reference audio is the song itself, as data.allow_leaked_reference trains on them."""
+    validation: HoldOutConfig = field(default_factory=HoldOutConfig)
+    """Songs to leave out: those that the run will hold out, so that they do not choose its ranks."""
     seed: int = 0
     """Decides the excerpts, noise and times."""
     device: Device = Device.auto

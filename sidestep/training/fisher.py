@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,11 @@ from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import resolve_targets
 from sidestep.adapters.lora import read_rank_pattern
 from sidestep.config.data import DataConfig, Excerpts
+from sidestep.config.evaluation import ValidationConfig
 from sidestep.config.settings import AnalyzeConfig
 from sidestep.config.typed import as_typed
 from sidestep.data.dataset import SongDataset, collate
+from sidestep.data.holdout import content_id, hold_out
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
 from sidestep.files import write_text
@@ -110,6 +111,10 @@ def analyze(config: AnalyzeConfig) -> Path:
     )
     dataset = SongDataset(Path(config.dataset_dir), max_seconds=config.max_seconds, seed=config.seed, config=excerpts)
     check_dataset_fits(dataset, checkpoint)
+    trained, held_out = hold_out(dataset.songs, ValidationConfig(**vars(config.validation)))
+    dataset = dataset.only(trained)
+    if held_out:
+        log.info("%d of %d songs are left out, for the run to hold out", len(held_out), len(trained) + len(held_out))
     transformer = checkpoint.load_transformer(device=device, dtype=dtype)
     paths = resolve_targets(transformer, config.target_modules)
     transformer.requires_grad_(False).train()
@@ -265,6 +270,7 @@ def _write(
         "checkpoint": checkpoint,
         "dataset": dataset.fingerprint(),
         "num_examples": config.num_examples,
+        "songs": sorted({content_id(dataset.songs[dataset.draw(n).song]) for n in range(config.num_examples)}),
         "seed": config.seed,
         "rank": config.rank,
         "importance": {path: [module.mean, module.error] for path, module in importance.items()},
@@ -284,10 +290,17 @@ def _write(
 
 def next_command(config: AnalyzeConfig, path: Path) -> str:
     """Give the command that trains with the ranks in ``path``, as it is typed."""
-    folders = {"adapter.rank_pattern_file": str(path), "dataset_dir": config.dataset_dir}
+    settings: dict[str, str | list[str]] = {
+        "adapter.target_modules": config.target_modules,
+        "adapter.rank_pattern_file": str(path),
+        "dataset_dir": config.dataset_dir,
+    }
     if config.checkpoint_dir != "checkpoints":
-        folders["checkpoint_dir"] = config.checkpoint_dir
-    modules = shlex.quote(f"adapter.target_modules=[{','.join(config.target_modules)}]")
-    typed = " ".join(as_typed(key, value) for key, value in folders.items())
+        settings["checkpoint_dir"] = config.checkpoint_dir
+    if config.validation.songs:
+        settings["validation.songs"] = config.validation.songs
+    typed = " ".join(as_typed(key, value) for key, value in settings.items())
+    if config.validation.fraction:
+        typed += f" validation.fraction={config.validation.fraction:g}"
     variant = config.model_variant.name
-    return f"python -m sidestep.train adapter=lora adapter.rank={config.rank} {modules} {typed} model_variant={variant}"
+    return f"python -m sidestep.train adapter=lora adapter.rank={config.rank} {typed} model_variant={variant}"

@@ -34,7 +34,7 @@ from sidestep.adapters.files import fingerprint_adapter, read_adapter, saved_ste
 from sidestep.config.gate import read_profiles
 from sidestep.config.settings import AttentionKernel, GradientCheckpointing, MemorySettings, Resume, TrainConfig
 from sidestep.data.dataset import SongDataset
-from sidestep.data.holdout import hold_out, lowest_places
+from sidestep.data.holdout import content_id, hold_out, lowest_places
 from sidestep.data.legacy import LegacySongs
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
 from sidestep.devices import check_compiler, memory_gib, resolve_device, resolve_dtype, resolve_precision
@@ -636,6 +636,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
     if config.resume is Resume.never and (before := checkpoint_folders(output_dir)):
         raise UserError(f"resume=never, but {before[-1]} exists; give this run another name=..., or leave resume out")
     _check_same_split(run, previous)
+    _note_ranks_of_held_out_songs(run)
     run.finished_loss = _finished_loss(run, previous)
     return run
 
@@ -746,6 +747,21 @@ def _check_same_split(run: Run, previous: dict[str, Any]) -> None:
                 f"{run.output_dir} was trained with validation.{key}={_typed(was)}, and {_typed(value)} would train "
                 f"on other songs and hold out others; type the former again, or give this run another name=..."
             )
+
+
+def _note_ranks_of_held_out_songs(run: Run) -> None:
+    """Say where python -m sidestep.analyze chose the ranks on songs that are held out now."""
+    measured = set(run.config.adapter.analyzed_songs)
+    songs = [run.all_songs.songs[number] for number in run.held_out]
+    if seen := [song.audio for song in songs if content_id(song) in measured]:
+        log.warning(
+            "the ranks of adapter.rank_pattern_file were chosen on %d of the %d held-out songs (first %s), which makes "
+            "validation look better than it is; type the same validation.fraction or validation.songs for "
+            "python -m sidestep.analyze",
+            len(seen),
+            len(songs),
+            seen[0],
+        )
 
 
 def _typed(value: Any) -> str:
