@@ -79,7 +79,7 @@ class LoraConfig(LowRankConfig):
                 )
         about = content["about"] if isinstance(content.get("about"), dict) else {}
         self.analyzed_for, songs = about.get("model_variant"), about.get("songs")
-        self.analyzed_songs = songs if isinstance(songs, list) else []
+        self.analyzed_songs = [*map(str, songs)] if isinstance(songs, list) else []
 
     def rank_of(self, original_path: str) -> int:
         """Return the rank of one module."""
