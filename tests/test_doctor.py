@@ -68,6 +68,17 @@ def test_a_sound_run_is_described_and_nothing_is_written(tmp_path, places, caplo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_song_that_was_changed_is_refused_as_training_would(tmp_path, checkpoint_dir):
+    data = write_dataset(tmp_path / "data", checkpoint_dir, lengths=[50, 50])
+    _, songs = read_manifest(data)
+    path = data / songs[1].latents
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{path.name}.* was changed since it was written"):
+        look(tmp_path, f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={data}")
+
+
 def test_oddities_of_the_songs_are_named(tmp_path, dataset_dir):
     data = shutil.copytree(dataset_dir, tmp_path / "data")
     info, songs = read_manifest(data)

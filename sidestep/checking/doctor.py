@@ -58,7 +58,8 @@ def examine(
 ) -> Cost | None:
     """Print what would be wrong, what the memory is needed for, and what the run will take.
 
-    Nothing is written, and the run's folder is not made.
+    Nothing is written but which files of the dataset are whole, so training need not read them again; the run's folder
+    is not made.
 
     Args:
         config: of the run.
@@ -79,6 +80,7 @@ def examine(
     available = memory_gib(run.device)
     _say_once(examined, _about_run(run, available))
     _say_once(examined, _about_songs(run))
+    run.all_songs.check_tensors()
     key = what_decides_cost(run)
     measured_before = key in examined.needs
     if not measured_before:
