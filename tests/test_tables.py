@@ -121,6 +121,56 @@ def test_tables_are_found_by_name_and_the_nearer_one_wins(folder):
     assert songs["live/three.mp3"].caption == "near"
 
 
+def test_a_table_of_audiofolder_is_found_in_every_folder_above_its_songs(folder):
+    root = folder({"train/metadata.csv": "file_name,text\nwavs/1.wav,deep\n"}, audio=("train/wavs/1.wav",))
+    listing = read_songs(root)
+    assert [song.caption for song in listing.songs] == ["deep"]
+    assert not listing.missing
+
+
+ALBUMS = ("Album A/01 Intro.wav", "Album B/01 Intro.wav")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_path_from_another_machine_finds_the_song_that_shares_most_of_its_end(folder, tmp_path, order):
+    lines = [f"/Volumes/Music/{name},{bpm}\n" for name, bpm in zip(ALBUMS, (80, 90), strict=True)]
+    (tmp_path / "t.csv").write_text("Location,BPM\n" + "".join(lines[::order]))
+    listing = read_songs(folder(audio=ALBUMS), metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [80, 90]
+    assert not listing.failed
+    assert not listing.missing
+    assert not listing.notes
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_words_of_one_album_are_not_given_to_another_that_has_its_own(folder, tmp_path, order):
+    lines = [f"/Volumes/Music/{name},{bpm}\n" for name, bpm in zip(ALBUMS, (80, 90), strict=True)]
+    (tmp_path / "t.csv").write_text("Location,BPM\n" + "".join(lines[::order]))
+    listing = read_songs(folder(audio=ALBUMS[:1]), metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [80]
+    assert list(listing.missing.values()) == [f"/Volumes/Music/{ALBUMS[1]}"]
+    assert not listing.failed
+
+
+def test_words_from_another_folder_are_given_with_a_note(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("Location,BPM\n/Music/Album B/01 Intro.wav,90\n/Music/Album B/02.wav,91\n")
+    root = folder(audio=("Album A/01 Intro.wav", "02.wav"))
+    listing = read_songs(root, metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [91, 90]
+    assert listing.notes == [
+        f"{tmp_path / 't.csv'} has these in other folders, and their names alone fit: "
+        "/Music/Album B/01 Intro.wav as Album A/01 Intro.wav"
+    ]
+
+
+def test_accents_are_the_same_however_a_file_system_writes_them(folder, tmp_path):
+    root = folder(audio=("Cafe\u0301 Noir.wav", "a/Ole\u0301.wav"))
+    (tmp_path / "t.csv").write_text("File,BPM\nCaf\xe9 Noir.wav,90\n", encoding="utf-8")
+    assert words(root, metadata_file=tmp_path / "t.csv")["Cafe\u0301 Noir.wav"].bpm == 90
+    (tmp_path / "t.csv").write_text("Title,BPM\nOL\xc9,91\n", encoding="utf-8")
+    assert words(root, metadata_file=tmp_path / "t.csv")["a/Ole\u0301.wav"].bpm == 91
+
+
 def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
     root = folder(
         {
@@ -333,7 +383,8 @@ def test_songs_jsonl_says_what_every_source_said(folder, capsys):
     )
     before = words(root)
     list_songs(songs_config(f"audio_dir={root}", "write=true"))
-    lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    of_all, *lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert of_all == {"tag_position": "prepend", "genre_ratio": 0}
     assert lines[0]["lyrics"].splitlines()[:2] == ["[00:01.000][Verse]", "[00:01.000]first line"]
     assert lines[1:] == [
         {"audio": "live/02 - Two_hearts.flac"},
@@ -356,6 +407,34 @@ def test_ends_of_lines_within_a_value_are_kept(folder):
     after = words(root)
     assert {name: (song.caption, song.lyrics) for name, song in after.items()} == {
         name: (song.caption, song.lyrics) for name, song in before.items()
+    }
+
+
+def test_songs_jsonl_keeps_where_the_tag_goes_and_how_many_songs_train_on_their_genre(folder, tmp_path, capsys):
+    metadata = {"custom_tag": "zz", "tag_position": "append", "genre_ratio": 100}
+    samples = [{"filename": "One Love.wav", "caption": "a love song", "genre": "house"}]
+    (tmp_path / "my_lora.json").write_text(json.dumps({"metadata": metadata, "samples": samples}))
+    root = folder()
+    before = read_songs(root, metadata_file=tmp_path / "my_lora.json")
+    list_songs(songs_config(f"audio_dir={root}", f"metadata_file={tmp_path / 'my_lora.json'}", "write=true"))
+    after = read_songs(root)
+    assert (after.tag_position, after.genre_ratio) == (before.tag_position, before.genre_ratio) == ("append", 100)
+    assert [song.prompt for song in after.songs] == [song.prompt for song in before.songs]
+    assert after.songs[0].prompt == "genre"
+    assert read_songs(root, genre_ratio=0).genre_ratio == 0
+
+
+def test_what_songs_jsonl_says_of_all_songs_wins_over_a_table_that_was_passed_over(folder, tmp_path, capsys):
+    metadata = {"custom_tag": "zz", "tag_position": "append", "genre_ratio": 100}
+    root = folder({"dataset.json": json.dumps({"metadata": metadata, "samples": []})})
+    (tmp_path / "t.csv").write_text("File,custom_tag\nOne Love.wav,yy\n")
+    list_songs(songs_config(f"audio_dir={root}", f"metadata_file={tmp_path / 't.csv'}", "write=true"))
+    listing = read_songs(root)
+    assert (listing.tag_position, listing.genre_ratio) == ("prepend", 0)
+    (root / "songs.jsonl").write_text('{"tag_position": "first", "genre_ratio": 30}\n{"tag_pos": 3}\n')
+    assert read_songs(root).lost == {
+        f"{root / 'songs.jsonl'} line 1": "tag_position must be one of prepend, append, replace, it is 'first'",
+        f"{root / 'songs.jsonl'} line 2": "neither audio_path nor filename names a file",
     }
 
 
@@ -406,7 +485,7 @@ def test_an_instrumental_stays_one_when_values_are_filled(tagged):
     songs = words(tagged)
     assert (songs["id3.mp3"].lyrics, songs["vorbis.flac"].lyrics) == ("", "la\nli")
     lines = [json.loads(line) for line in (tagged / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["audio"] for line in lines if "is_instrumental" in line] == ["id3.mp3"]
+    assert [line.get("audio") for line in lines if "is_instrumental" in line] == ["id3.mp3"]
 
 
 def test_nothing_is_written_over_words_that_cannot_be_read(folder, capsys):

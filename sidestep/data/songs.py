@@ -22,6 +22,7 @@ inside files are full of what programs left there, so those that cannot be used 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import urllib.parse
@@ -32,6 +33,7 @@ from typing import Any
 
 from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
 from sidestep.data.audio import find_audio
+from sidestep.data.names import composed
 from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
@@ -110,7 +112,8 @@ def read_songs(
         listing.failed |= table.failed
         if table.unused:
             listing.notes.append(f"not used from {table.path}: {_names(table.unused)}")
-    matched = [_match_entries(table, listing, audio_dir) for table in tables]
+    finder = _SongFinder(songs, audio_dir)
+    matched = [_match_entries(table, listing, finder) for table in tables]
     if others := [str(path) for path in passed_over if path.resolve() not in {path.resolve() for path in paths}]:
         listing.notes.append(f"metadata_file={metadata_file} is read in the place of {_names(others)}")
     final_lines = tuple(f"{table.path} line " for table in tables if table.is_final)
@@ -215,8 +218,13 @@ def _names(names: list[str], limit: int = 10) -> str:
 
 
 def _find_tables(audio_dir: Path, songs: Sequence[Song]) -> list[Path]:
-    """Find the tables of a folder of songs; a song named ``dataset`` may have its words in dataset.json."""
-    folders = {song.path.parent for song in songs}
+    """Find the tables of a folder of songs and of those below it, down to the songs.
+
+    A song named ``dataset`` may have its words in dataset.json.
+    """
+    own_folders = {song.path.parent for song in songs}
+    folders = own_folders.union(*(folder.parents for folder in own_folders))
+    folders = {folder for folder in folders if folder.is_relative_to(audio_dir)}
     below = [folder / name for folder in sorted(folders) for name in ("metadata.csv", "metadata.jsonl")]
     wanted = [audio_dir / name for name in FOUND]
     wanted[-1:-1] = [path for path in below if path not in wanted]
@@ -229,81 +237,117 @@ def _is_sidecar(path: Path) -> bool:
     return isinstance(content, dict) and "samples" not in content
 
 
-def _match_entries(table: Table, listing: SongList, audio_dir: Path) -> dict[str, Entry]:
+def _match_entries(table: Table, listing: SongList, finder: _SongFinder) -> dict[str, Entry]:
     """Give each song the entry that is about it; what cannot be given goes to ``failed`` and ``missing``."""
-    songs = {os.path.realpath(song.path): song for song in listing.songs}
-    by_file: dict[str, list[Song]] = {}
-    by_title: dict[str, list[Song]] = {}
-    for song in listing.songs:
-        by_file.setdefault(song.path.name, []).append(song)
-        by_title.setdefault(caption_from_name(song.path).casefold(), []).append(song)
-    matched: dict[str, Entry] = {}
+    matched: dict[str, _Match] = {}
+
+    def miss(where: str, file: str) -> None:
+        if table.is_final:
+            listing.failed[where] = f"there is no audio file {file}"
+        else:
+            listing.missing[where] = file
+
     for entry in table.entries:
         try:
-            song = _song_of(entry.values, songs, by_file, by_title, audio_dir, table.path.parent)
-            if song.name in matched:
-                raise ValueError(f"{song.name} is named twice; the first entry is used")
-            matched[song.name] = entry
+            match = finder.find(entry, table.path.parent)
+            before = matched.get(match.song.name)
+            if before is not None and before.shared == match.shared:
+                raise ValueError(f"{match.song.name} is named twice; the first entry is used")
+            if before is not None:  # whose path has less in common with the song's is about another
+                match, other = (match, before) if match.shared > before.shared else (before, match)
+                miss(other.entry.where, other.file)
+            matched[match.song.name] = match
             if table.is_final and entry.unused:
                 raise ValueError(f"{_names(entry.unused)}: there is no such key; there are {', '.join(SONG_KEYS)}")
         except LookupError as error:
-            if table.is_final:
-                listing.failed[entry.where] = f"there is no audio file {error.args[0]}"
-            else:
-                listing.missing[entry.where] = str(error.args[0])
+            miss(entry.where, str(error.args[0]))
         except ValueError as error:
             listing.failed[entry.where] = str(error)
-    return matched
+    if moved := [f"{match.file} as {name}" for name, match in matched.items() if match.is_in_another_folder]:
+        listing.notes.append(f"{table.path} has these in other folders, and their names alone fit: {_names(moved, 5)}")
+    return {name: match.entry for name, match in matched.items()}
 
 
-def _song_of(
-    values: Any,
-    songs: dict[str, Song],
-    by_file: dict[str, list[Song]],
-    by_title: dict[str, list[Song]],
-    audio_dir: Path,
-    beside: Path,
-) -> Song:
-    """Find the song that an entry is about, by its path, its file name, or its title where it has neither.
+@dataclass
+class _Match:
+    """An entry of a table, and the song that it is about."""
 
-    Paths written on another machine do not exist here, so the last part of one is enough if only one song has it.
+    entry: Entry
+    song: Song
+    shared: float
+    """How many parts their paths have in common, counted from the end; infinite where they are the same file."""
+    file: str = ""
+    """What the entry calls it."""
 
-    Raises:
-        LookupError: with the name of a file that is not there.
-        ValueError: saying why the entry cannot be used.
+    @property
+    def is_in_another_folder(self) -> bool:
+        return self.shared == 1 and "/" in self.file and "/" in self.song.name
+
+
+class _SongFinder:
+    """Finds the song that an entry of a table is about, by its path, or by its title where it has no file name.
+
+    Paths written on another machine do not exist here, so the song that shares most of the path's end is taken.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {values!r:.60}')
-    names = [_as_path(value) for value in values.get("file", ()) if isinstance(value, str) and value.strip()]
-    if any(CONTROL.search(name) for name in names):
-        raise ValueError("its file name holds control characters")
-    if not names:
-        return _song_by_title(values, by_title)
-    candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, audio_dir)]
-    for candidate in candidates:
-        if candidate in songs:
-            return songs[candidate]
-    if any(os.path.isfile(file) and not Path(file).is_relative_to(audio_dir.resolve()) for file in candidates):
-        raise ValueError(f"{names[0]} is outside audio_dir={audio_dir}; move it there")
-    same_name = by_file.get(names[-1].rpartition("/")[2], [])
-    if len(same_name) > 1:
-        raise ValueError(f"{names[0]} could be any of {_names([song.name for song in same_name])}")
-    if not same_name:
-        raise LookupError(names[0][:200])
-    return same_name[0]
 
+    def __init__(self, songs: Sequence[Song], audio_dir: Path) -> None:
+        self._audio_dir = audio_dir
+        self._folder = composed(os.path.realpath(audio_dir))
+        self._by_path = {os.path.realpath(song.path): song for song in songs}
+        self._by_file: dict[str, list[Song]] = {}
+        self._by_title: dict[str, list[Song]] = {}
+        for song in songs:
+            self._by_file.setdefault(composed(song.path.name), []).append(song)
+            self._by_title.setdefault(composed(caption_from_name(song.path)).casefold(), []).append(song)
 
-def _song_by_title(values: dict[str, Any], by_title: dict[str, list[Song]]) -> Song:
-    title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
-    if not title:
-        raise ValueError("neither audio_path nor filename names a file")
-    for name in (f"{artist} - {title}", f"{title} - {artist}", title):
-        found = by_title.get(name.replace("_", " ").casefold(), [])
-        if len(found) > 1:
-            raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
-        if found:
-            return found[0]
-    raise LookupError(f"{artist} - {title}"[:200] if artist else title[:200])
+    def find(self, entry: Entry, beside: Path) -> _Match:
+        """Find the song of an entry in a table that lies in the folder ``beside``.
+
+        Raises:
+            LookupError: with the name of a file that is not there.
+            ValueError: saying why the entry cannot be used.
+        """
+        values = entry.values
+        if not isinstance(values, dict):
+            raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {values!r:.60}')
+        names = [_as_path(value) for value in values.get("file", ()) if isinstance(value, str) and value.strip()]
+        if any(CONTROL.search(name) for name in names):
+            raise ValueError("its file name holds control characters")
+        if not names:
+            return _Match(entry, self._by_its_title(values), 0)
+        candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, self._audio_dir)]
+        for candidate in candidates:
+            if candidate in self._by_path:
+                return _Match(entry, self._by_path[candidate], math.inf, names[0])
+        inside = self._audio_dir.resolve()
+        if any(os.path.isfile(file) and not Path(file).is_relative_to(inside) for file in candidates):
+            raise ValueError(f"{names[0]} is outside audio_dir={self._audio_dir}; move it there")
+        same_name = self._by_file.get(composed(names[-1].rpartition("/")[2]), [])
+        if not same_name:
+            raise LookupError(names[0][:200])
+        shared = [max(self._num_shared(song, name) for name in names) for song in same_name]
+        nearest = [song for song, number in zip(same_name, shared, strict=True) if number == max(shared)]
+        if len(nearest) > 1:
+            raise ValueError(f"{names[0]} could be any of {_names([song.name for song in nearest])}")
+        in_folder = beside.relative_to(self._audio_dir) if beside.is_relative_to(self._audio_dir) else Path()
+        return _Match(entry, nearest[0], max(shared), (in_folder / names[0]).as_posix())
+
+    def _num_shared(self, song: Song, name: str) -> int:
+        ours = f"{self._folder}/{composed(song.name)}".split("/")
+        pairs = zip(reversed(ours), reversed(composed(name).split("/")), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _by_its_title(self, values: dict[str, Any]) -> Song:
+        title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
+        if not title:
+            raise ValueError("neither audio_path nor filename names a file")
+        for name in (f"{artist} - {title}", f"{title} - {artist}", title):
+            found = self._by_title.get(composed(name).replace("_", " ").casefold(), [])
+            if len(found) > 1:
+                raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
+            if found:
+                return found[0]
+        raise LookupError(f"{artist} - {title}"[:200] if artist else title[:200])
 
 
 def _as_path(text: str) -> str:

@@ -4,7 +4,7 @@ dataset.json        of ACE-Step's or Side-Step's dataset builder: {"metadata": .
 metadata.csv/jsonl  of Hugging Face's audiofolder, in any folder of songs; file_name names the song
 *.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Mixed In Key, Mixxx, ...), with a head line
 *.nml               playlists of Traktor
-songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
+songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``; a line without a song is about all of them
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ COLUMNS = {
     "estimated": ("estimated",),
 }  # fmt: skip
 """Key of an entry -> what programs call it, in any case; of several, the first that has a value counts."""
+
+OF_ALL_SONGS = ("tag_position", "genre_ratio")
+"""What songs.jsonl says once for all its songs, in a line of its own; each has a custom_tag of its own."""
 
 _BY_NAME = {name: key for key, names in COLUMNS.items() for name in names}
 
@@ -137,26 +140,41 @@ def _read_json(path: Path, text: str) -> Table:
         keys = keys if keys.isprintable() else ascii(keys)[1:-1]
         wanted = '{"metadata": {...}, "samples": [...]}'
         raise UserError(f"{path} must be a list of songs or {wanted}, it has {keys:.200}")
-    defaults: dict[str, Any] = {}
     problems: list[str] = []
-    for key, conversion in FILE_KEYS.items():
-        if metadata.get(key) not in (None, ""):
-            convert(key, metadata[key], conversion, defaults, f"{path} metadata", problems)
+    defaults = _convert_defaults(metadata, f"{path} metadata", problems)
     if problems:
         raise UserError("; ".join(problems))
     entries = [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples, start=1)]
     return Table(path, entries, defaults, unused=_unused(entries))
 
 
+def _convert_defaults(values: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """Take what is said about all songs."""
+    defaults: dict[str, Any] = {}
+    for key, conversion in FILE_KEYS.items():
+        if values.get(key) not in (None, ""):
+            convert(key, values[key], conversion, defaults, where, problems)
+    return defaults
+
+
 def _read_jsonl(path: Path, text: str) -> Table:
     table = Table(path, [])
     for number, line in enumerate(text.split("\n"), start=1):  # other ends of lines may stand in values
         where = f"{path} line {number}"
-        if line.strip():
-            try:
-                table.entries.append(_entry(parse_json(line, where), where))
-            except UserError as error:
-                table.failed[where] = str(error).removeprefix(f"{where} ")
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line, where)
+        except UserError as error:
+            table.failed[where] = str(error).removeprefix(f"{where} ")
+            continue
+        if table.is_final and isinstance(values, dict) and values and values.keys() <= {*OF_ALL_SONGS}:
+            problems: list[str] = []
+            table.defaults |= _convert_defaults(values, where, problems)
+            if problems:
+                table.failed[where] = "; ".join(problems).removeprefix(f"{where}: ")
+        else:
+            table.entries.append(_entry(values, where))
     table.unused = [] if table.is_final else _unused(table.entries)
     return table
 

@@ -1,0 +1,17 @@
+"""Names of songs, as files have them and as tables and people write them."""
+
+from __future__ import annotations
+
+import unicodedata
+from fnmatch import fnmatchcase
+
+
+def composed(name: str) -> str:
+    """Spell a name the one way: Macs write accents apart from their letters (NFD), most others in one (NFC)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_named(name: str, typed: str) -> bool:
+    """Say whether a song is meant by what was typed: its name, brackets and all, or a pattern such as ``live/*``."""
+    name, typed = composed(name), composed(typed)
+    return name == typed or fnmatchcase(name, typed)
