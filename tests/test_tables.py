@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from mutagen.flac import FLAC
-from mutagen.id3 import ID3, SYLT, TBPM, TCON, TIT2, TKEY, USLT
+from mutagen.id3 import ID3, SYLT, TBPM, TCON, TIT2, TKEY, TXXX, USLT
 from mutagen.mp4 import MP4
 
 from sidestep.data import songs as songs_module
@@ -88,6 +88,40 @@ def test_the_line_that_tells_excel_the_separator_is_no_head(folder, tmp_path):
     (song,) = [song for song in listing.songs if song.name == "One Love.wav"]
     assert (song.bpm, song.keyscale) == (128, "A minor")
     assert list(listing.failed) == [f"{tmp_path / 't.csv'} line 4"]
+
+
+@pytest.mark.parametrize("closing", ["", 'Blue 12"', '"Heroes'])
+def test_a_title_that_begins_with_a_quote_is_one_line_of_a_dj_table(folder, tmp_path, closing):
+    lines = [
+        '1\t"Weird Al\tX\t90\t8A',
+        "2\tOne Love\tBand\t91\t9A",
+        f"3\t{closing}\tY\t92\t10A",
+        "4\tthree\tY\t93\t10B",
+    ]
+    text = "\r\n".join(["#\tTrack Title\tArtist\tBPM\tKey", *lines, ""])
+    (tmp_path / "t.txt").write_bytes(text.encode("utf-16"))
+    listing = read_songs(folder(audio=('"Weird Al.wav', "One Love.wav", "three.wav")), metadata_file=tmp_path / "t.txt")
+    assert {song.name: song.bpm for song in listing.songs} == {'"Weird Al.wav': 90, "One Love.wav": 91, "three.wav": 93}
+
+
+def test_values_in_quotes_between_tabs_may_take_several_lines(folder, tmp_path):
+    (tmp_path / "t.tsv").write_text('file_name\ttext\nOne Love.wav\t"say ""hey""\ntwice"\nlive/three.mp3\tx\n')
+    songs = words(folder(), metadata_file=tmp_path / "t.tsv")
+    assert [songs[name].caption for name in ("One Love.wav", "live/three.mp3")] == ['say "hey"\ntwice', "x"]
+
+
+def test_a_second_column_of_one_name_erases_nothing(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("File,Key,Key\nOne Love.wav,8A,\nlive/three.mp3,,9A\n")
+    songs = words(folder(), metadata_file=tmp_path / "t.csv")
+    assert (songs["One Love.wav"].keyscale, songs["live/three.mp3"].keyscale) == ("A minor", "E minor")
+
+
+def test_whole_numbers_that_pandas_wrote_with_a_point_are_read(folder):
+    root = folder(
+        {"metadata.csv": "file_name,repeat,is_instrumental,bpm\nOne Love.wav,2.0,1.0,90.0\nlive/three.mp3,,,\n"}
+    )
+    song = words(root)["One Love.wav"]
+    assert (song.repeat, song.is_instrumental, song.bpm) == (2, True, 90)
 
 
 def test_tables_that_a_named_one_replaces_are_noted(folder, tmp_path):
@@ -216,7 +250,7 @@ def test_a_table_that_is_none_is_refused_by_name(folder, content, message):
         ("Am", "A minor"), ("F#", "F# major"), ("Bbm", "Bb minor"), ("Cmaj", "C major"), ("d min", "D minor"),
         ("E♭", "Eb major"), ("8A", "A minor"), ("08B", "C major"), ("1A", "Ab minor"), ("12B", "E major"),
         ("1m", "A minor"), ("6d", "B major"), ("C major", "C major"), ("A Minor", "A minor"),
-        ("D-Flat MAJOR", "Db major"), ("atonal", "atonal"),
+        ("D-Flat MAJOR", "Db major"), ("atonal", "atonal"), ("8A (Am)", "A minor"), ("8A (C)", "8A (C)"),
     ],
 )  # fmt: skip
 def test_keys_of_dj_programs_are_spelt_as_ace_step_does(written, spelt):
@@ -306,6 +340,21 @@ def test_a_numbered_genre_is_a_name_and_syllables_are_put_together_to_lines(tmp_
     assert (song.genre, song.timed_lyrics) == ("Rock", [(0.0, "Hello world"), (0.9, "Next")])
 
 
+def test_all_genres_of_a_file_are_read_and_the_key_that_dj_programs_write_into_a_free_frame(tmp_path):
+    write(tmp_path / "a.mp3", tone())
+    write(tmp_path / "b.flac", tone())
+    id3 = ID3()
+    for frame in (TCON(text=["House", "Dub"]), TXXX(desc="initialkey", text="8A")):
+        id3.add(frame)
+    id3.save(tmp_path / "a.mp3")
+    flac = FLAC(tmp_path / "b.flac")
+    flac["genre"] = ["House", "Dub"]
+    flac.save()
+    songs = words(tmp_path)
+    assert [song.genre for song in songs.values()] == ["House, Dub"] * 2
+    assert songs["a.mp3"].keyscale == "A minor"
+
+
 def test_without_mutagen_one_note_says_that_tags_are_not_read(tagged, monkeypatch):
     monkeypatch.setattr(songs_module, "can_read_tags", lambda: False)
     listing = read_songs(tagged)
@@ -328,6 +377,19 @@ def test_lrc_gives_lines_by_time_with_sections_and_repeats():
 def test_a_time_in_a_line_or_two_makes_no_lyrics_with_times():
     assert parse_lrc("[Verse]\nFirst line\nSecond line\n[1:30] guitar solo\n[Chorus]\nla la") is None
     assert parse_lrc("[Verse]\n[00:01]one\n[00:02]two\nthree") is not None
+
+
+def test_tags_of_lrc_files_are_not_sung(folder):
+    tags = "[id:abc]\n[tool:LRC Maker]\n[lr:Someone]\n[encoder:x]\n"
+    assert parse_lrc(f"{tags}[Chorus: Anna]\n[00:01]one\n[by:me]\n[00:02]two") == [
+        (1.0, "[Chorus: Anna]"), (1.0, "one"), (2.0, "two"),
+    ]  # fmt: skip
+    root = folder({"One Love.lrc": "[ti:x]\n[ar:y]\n\n[encoder:x]\n", "live/three.lrc": "[ar:y]\nla\nli\n"})
+    songs = words(root)
+    assert (songs["One Love.wav"].lyrics, songs["One Love.wav"].is_instrumental) == ("", True)
+    assert songs["live/three.mp3"].lyrics == "la\nli"
+    (root / "One Love.txt").write_text("[Verse]\nhey")
+    assert words(root)["One Love.wav"].lyrics == "[Verse]\nhey"
 
 
 def test_sections_in_metadata_give_lines_by_time():

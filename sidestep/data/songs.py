@@ -21,6 +21,7 @@ inside files are full of what programs left there, so those that cannot be used 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -31,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
+from sidestep.acestep.prompts import choose_genre, is_instrumental_mark
 from sidestep.data.audio import find_audio
 from sidestep.data.names import composed
 from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
@@ -125,6 +126,7 @@ def read_songs(
     in_tags: list[str] = []
     no_keys: list[str] = []
     unused: set[str] = set()
+    beside = functools.cache(_by_lower_name)
     for song in songs:
         problems: dict[str, list[str]] = {}
         entries = [
@@ -142,7 +144,7 @@ def read_songs(
             if not table.is_final and isinstance(entry.values.get("keyscale"), str):
                 no_keys += problems.pop("keyscale", [])  # programs write what they did not find there
         if not final:
-            for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, unused, problems):
+            for words, sidecar, lines in _read_sidecars(song, beside, paths, listing.notes, unused, problems):
                 replaced += merge(song, words, "sidecar", str(sidecar), problems, lines)
         _complete(song, custom_tag, language, problems)
         if problems:
@@ -188,20 +190,24 @@ def _complete(song: Song, custom_tag: str, language: str, problems: dict[str, li
 
 def _choose_prompts(listing: SongList) -> None:
     chosen = choose_genre(len(listing.songs), listing.genre_ratio)
-    without_genre, unsung = [], []
+    without_genre, unsung, no_codes = [], [], []
     for index, song in enumerate(listing.songs):
         song.prompt = song.prompt_override or ("genre" if index in chosen and song.genre else "caption")
         if index in chosen and not song.genre and not song.prompt_override:
             without_genre.append(song.name)
-        if song.is_instrumental and song.lyrics not in ("", INSTRUMENTAL):
+        is_marked = is_instrumental_mark(song.lyrics)
+        if song.is_instrumental and song.lyrics and not is_marked:
             unsung.append(song.name)
-        song.says_instrumental = song.is_instrumental or song.lyrics == INSTRUMENTAL
-        song.lyrics = "" if song.is_instrumental or song.lyrics == INSTRUMENTAL else song.lyrics
+        if not _FORMS["language"].fullmatch(song.language.lower()):
+            no_codes.append(f"{song.language} of {song.name}")
+        song.says_instrumental = song.is_instrumental or is_marked
+        song.lyrics = "" if song.says_instrumental else song.lyrics
         song.is_instrumental = not song.lyrics
         song.timed_lyrics = song.timed_lyrics if song.lyrics else []
     for note, names in (
         ("chosen by the genre ratio but without a genre, so on their caption", without_genre),
         ("marked instrumental, so their lyrics are not used", unsung),
+        ("ACE-Step knows languages by codes such as en, and these are none", no_codes),
     ):
         if names:
             listing.notes.append(f"{note}: {_names(names)}")
@@ -360,12 +366,18 @@ def _as_path(text: str) -> str:
 
 
 def _read_sidecars(
-    song: Song, tables: Sequence[Path], notes: list[str], unused: set[str], problems: dict[str, list[str]]
+    song: Song,
+    beside: Callable[[Path], dict[str, list[str]]],
+    tables: Sequence[Path],
+    notes: list[str],
+    unused: set[str],
+    problems: dict[str, list[str]],
 ) -> list[tuple[dict[str, Any], Path, dict[str, int]]]:
     """Read the files beside a song, the one that wins last: values, the file, and lines of the values if known.
 
     Args:
         song: whose files are read.
+        beside: gives the files of a folder by their names in lower case.
         tables: files that are not of one song.
         notes: gets what of a text file is not used.
         unused: gets the keys of a JSON file that are not used.
@@ -374,8 +386,10 @@ def _read_sidecars(
     found: list[tuple[dict[str, Any], Path, dict[str, int]]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
-        path = song.path.with_name(song.path.stem + suffix)
-        if os.path.isfile(path) and path not in tables:  # unlike Path.is_file, it takes a name of any length
+        folder, stem = song.path.parent, song.path.stem
+        names = [name for name in beside(folder).get((stem + suffix).lower(), []) if name.startswith(stem)]
+        path = folder / (names[0] if names else stem + suffix)
+        if names and path.is_file() and path not in tables:
             try:
                 found.append((parse(path), path, lines if suffix == ".txt" else {}))
             except UserError as error:
@@ -384,9 +398,12 @@ def _read_sidecars(
     lines: dict[str, int] = {}
 
     def parse_txt(path: Path) -> dict[str, Any]:
-        values, other = _parse_txt(_read_text(path), lines)
+        text = _read_text(path)
+        values, other = _parse_txt(text, lines)
         if other:
             notes.append(f"not used from {path}: {_names(other)}")
+        if not lines and (keys := [line.strip()[:60] for line in text.splitlines() if _is_sure_key(line)]):
+            notes.append(f"{path} does not begin with a key, so all of it is lyrics, even {_names(keys)}")
         return values
 
     read(".txt", parse_txt)
@@ -401,6 +418,14 @@ def _read_sidecars(
     read(".caption.txt", lambda path: {"caption": _read_text(path)})
     read(".lyrics.txt", lambda path: {"lyrics": _read_text(path)})
     return found
+
+
+def _by_lower_name(folder: Path) -> dict[str, list[str]]:
+    """List a folder by names in lower case; of names that differ in case alone, those in lower case come first."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder), reverse=True):
+        names.setdefault(name.lower(), []).append(name)
+    return names
 
 
 def _parse_txt(text: str, at: dict[str, int]) -> tuple[dict[str, Any], list[str]]:

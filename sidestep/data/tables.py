@@ -194,27 +194,53 @@ def _read_csv(path: Path, text: str) -> Table:
         text, above = rest, 1
         head = text.partition("\n")[0]
     delimiter = chosen[1] if chosen else max(",;\t", key=head.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        names = [name.strip().lower() for name in next(rows, [])]
-        table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])
-        if not {_BY_NAME.get(name) for name in names} & {"file", "title"}:
-            raise UserError(
-                f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
-                f"location or title; it begins with {head.strip()[:80]!r}"
-            )
-        line = above + rows.line_num + 1
-        for row in rows:
-            where = f"{path} line {line}"
-            line = above + rows.line_num + 1
-            if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
-                count = f"it has {len(row)} values for {len(names)} columns"
-                table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
-            elif any(cell.strip() for cell in row):
-                table.entries.append(_entry(dict(zip(names, row, strict=False)), where))
-    except csv.Error as error:
-        raise UserError(f"{path} line {above + rows.line_num} cannot be read as CSV: {error}") from error
+    rows = _split_rows(path, text, delimiter, above)
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])
+    if not {_BY_NAME.get(name) for name in names} & {"file", "title"}:
+        raise UserError(
+            f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
+            f"location or title; it begins with {head.strip()[:80]!r}"
+        )
+    for line, row in rows[1:]:
+        where = f"{path} line {line}"
+        if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
+            count = f"it has {len(row)} values for {len(names)} columns"
+            table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
+        elif any(cell.strip() for cell in row):
+            cells = zip(reversed(names[: len(row)]), reversed(row[: len(names)]), strict=True)  # the first one counts
+            table.entries.append(_entry({name: cell for name, cell in cells if cell.strip()}, where))
     return table
+
+
+def _split_rows(path: Path, text: str, delimiter: str, above: int) -> list[tuple[int, list[str]]]:
+    """Split a table into rows, each with the number of its line.
+
+    DJ programs separate by tabs and write quotes as they are: a title may begin with one that nothing ends. Where
+    quotes cannot stand around values, or would keep a tab in one, they are part of the text.
+    """
+    if delimiter == "\t":
+        try:
+            rows = _numbered(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True), above)
+        except csv.Error:
+            rows = []
+        if rows and not any("\t" in cell for _, row in rows for cell in row):
+            return rows
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    try:
+        return _numbered(reader, above)
+    except csv.Error as error:
+        raise UserError(f"{path} line {above + reader.line_num} cannot be read as CSV: {error}") from error
+
+
+def _numbered(reader: Any, above: int) -> list[tuple[int, list[str]]]:
+    rows = []
+    line = above + 1
+    for row in reader:
+        rows.append((line, row))
+        line = above + reader.line_num + 1
+    return rows
 
 
 def _unused(entries: list[Entry]) -> list[str]:
