@@ -90,6 +90,15 @@ def test_the_line_that_tells_excel_the_separator_is_no_head(folder, tmp_path):
     assert list(listing.failed) == [f"{tmp_path / 't.csv'} line 4"]
 
 
+def test_a_title_finds_its_song_although_no_file_can_be_called_so(folder, tmp_path):
+    (tmp_path / "t.csv").write_text('Title,Artist,BPM\n"""Heroes""?",,90\nT.N.T.,AC/DC,91\n!!!,,92\n')
+    songs = words(
+        folder(audio=("01 - Heroes.wav", "AC_DC - TNT.wav", "AC_DC - T.N.T..wav", "!!!.wav", "+.wav")),
+        metadata_file=tmp_path / "t.csv",
+    )
+    assert [song.bpm for song in songs.values()] == [92, None, 90, 91, None]
+
+
 @pytest.mark.parametrize("closing", ["", 'Blue 12"', '"Heroes'])
 def test_a_title_that_begins_with_a_quote_is_one_line_of_a_dj_table(folder, tmp_path, closing):
     lines = [

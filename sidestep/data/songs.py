@@ -34,7 +34,7 @@ from typing import Any
 
 from sidestep.acestep.prompts import choose_genre, is_instrumental_mark
 from sidestep.data.audio import find_audio
-from sidestep.data.names import composed
+from sidestep.data.names import composed, letters
 from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
@@ -304,7 +304,7 @@ class _SongFinder:
         self._by_title: dict[str, list[Song]] = {}
         for song in songs:
             self._by_file.setdefault(composed(song.path.name), []).append(song)
-            self._by_title.setdefault(composed(caption_from_name(song.path)).casefold(), []).append(song)
+            self._by_title.setdefault(letters(caption_from_name(song.path)), []).append(song)
 
     def find(self, entry: Entry, beside: Path) -> _Match:
         """Find the song of an entry in a table that lies in the folder ``beside``.
@@ -348,7 +348,7 @@ class _SongFinder:
         if not title:
             raise ValueError("neither audio_path nor filename names a file")
         for name in (f"{artist} - {title}", f"{title} - {artist}", title):
-            found = self._by_title.get(composed(name).replace("_", " ").casefold(), [])
+            found = self._by_title.get(letters(name), [])
             if len(found) > 1:
                 raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
             if found:

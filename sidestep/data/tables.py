@@ -9,6 +9,7 @@ songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``; a l
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -219,15 +220,13 @@ def _split_rows(path: Path, text: str, delimiter: str, above: int) -> list[tuple
     DJ programs separate by tabs and write quotes as they are: a title may begin with one that nothing ends. Where
     quotes cannot stand around values, or would keep a tab in one, they are part of the text.
     """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     if delimiter == "\t":
-        try:
+        with contextlib.suppress(csv.Error):
             rows = _numbered(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True), above)
-        except csv.Error:
-            rows = []
-        if rows and not any("\t" in cell for _, row in rows for cell in row):
-            return rows
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+            if not any("\t" in cell for _, row in rows for cell in row):
+                return rows
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         return _numbered(reader, above)
     except csv.Error as error:
