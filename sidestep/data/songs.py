@@ -298,7 +298,8 @@ class _SongFinder:
 
     def __init__(self, songs: Sequence[Song], audio_dir: Path) -> None:
         self._audio_dir = audio_dir
-        self._folder = composed(os.path.realpath(audio_dir))
+        folder = composed(os.path.realpath(audio_dir))
+        self._reversed = {song.name: f"{folder}/{composed(song.name)}".split("/")[::-1] for song in songs}
         self._by_path = {os.path.realpath(song.path): song for song in songs}
         self._by_file: dict[str, list[Song]] = {}
         self._by_title: dict[str, list[Song]] = {}
@@ -331,17 +332,21 @@ class _SongFinder:
         same_name = self._by_file.get(composed(names[-1].rpartition("/")[2]), [])
         if not same_name:
             raise LookupError(names[0][:200])
-        shared = [max(self._num_shared(song, name) for name in names) for song in same_name]
-        nearest = [song for song, number in zip(same_name, shared, strict=True) if number == max(shared)]
+        shared, nearest = max((self._nearest(same_name, name) for name in names), key=lambda found: found[0])
         if len(nearest) > 1:
             raise ValueError(f"{names[0]} could be any of {_names([song.name for song in nearest])}")
         in_folder = beside.relative_to(self._audio_dir) if beside.is_relative_to(self._audio_dir) else Path()
-        return _Match(entry, nearest[0], max(shared), (in_folder / names[0]).as_posix())
+        return _Match(entry, nearest[0], shared, (in_folder / names[0]).as_posix())
 
-    def _num_shared(self, song: Song, name: str) -> int:
-        ours = f"{self._folder}/{composed(song.name)}".split("/")
-        pairs = zip(reversed(ours), reversed(composed(name).split("/")), strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _nearest(self, songs: list[Song], path: str) -> tuple[int, list[Song]]:
+        """Give those songs whose paths share most of the end of another path, and how many parts of it."""
+        parts = composed(path).split("/")[::-1]
+        for shared, part in enumerate(parts):
+            nearer = [song for song in songs if self._reversed[song.name][shared : shared + 1] == [part]]
+            if not nearer:
+                return shared, songs
+            songs = nearer
+        return len(parts), songs
 
     def _by_its_title(self, values: dict[str, Any]) -> Song:
         title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
