@@ -18,7 +18,7 @@ from safetensors import safe_open
 from sidestep.data.dataset import SongDataset
 from sidestep.data.encode import preprocess
 from sidestep.data.listing import write_songs
-from sidestep.data.songs import read_songs
+from sidestep.data.songs import SongList, read_songs
 from sidestep.data.tables import read_table
 from sidestep.errors import UserError
 from tests.audio_files import write
@@ -181,7 +181,7 @@ def dataset(tmp_path_factory, checkpoint_dir) -> SongDataset:
         listing = read_songs(folder, metadata_file=folder / table if table else None)
         assert not listing.failed, listing.failed
         songs += [replace(song, name=f"{dialect}/{song.name}") for song in listing.songs]
-    write_songs(root / "songs" / "songs.jsonl", songs)
+    write_songs(root / "songs" / "songs.jsonl", SongList(songs=songs, tag_position="prepend", genre_ratio=0))
     typed = (f"audio_dir={root / 'songs'}", f"dataset_dir={root / 'dataset'}", f"checkpoint_dir={checkpoint_dir}")
     assert not preprocess(preprocess_config(*typed)).failed
     return SongDataset(root / "dataset", max_seconds=SECONDS, seed=0)

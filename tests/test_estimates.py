@@ -123,7 +123,9 @@ def typed(songs, tmp_path):
 
 
 def lines(root):
-    return [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    of_all, *lines = (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(of_all).keys() == {"tag_position", "genre_ratio"}
+    return [json.loads(line) for line in lines]
 
 
 def test_estimates_fill_only_what_is_missing_are_marked_and_are_made_once(songs, typed, monkeypatch, capsys):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sidestep.config.data import DataConfig
+from sidestep.config.evaluation import ValidationConfig
 from sidestep.data.dataset import SongDataset
-from sidestep.data.holdout import content_id
+from sidestep.data.holdout import content_id, hold_out
 from sidestep.errors import UserError
 from sidestep.training import fisher
 from sidestep.training.fisher import analyze
@@ -160,6 +161,19 @@ def test_files_of_one_name_in_two_subfolders_are_two_songs(tmp_path):
     songs = open_dataset(folder).songs
     assert [song.latents for song in songs] == ["a/x.pt", "b/x.pt"]
     assert len({content_id(song) for song in songs}) == 2
+
+
+def test_the_same_latents_in_two_files_are_one_sound_whatever_else_they_hold(tmp_path):
+    folder = tmp_path / "x"
+    write_sample(folder / "b.pt")
+    write_sample(folder / "sub/b.pt", tokens=7, caption="other words")
+    write_sample(folder / "c.pt", seed=1)
+    (folder / "manifest.json").write_text(json.dumps({"samples": ["b.pt", "sub/b.pt", "c.pt"]}))
+    songs = open_dataset(folder).songs
+    _, held_out = hold_out(songs, ValidationConfig(songs=["b.wav"]))
+    assert held_out == [0, 1]
+    with pytest.raises(UserError, match="which prior_dataset_dir also has"):
+        hold_out(songs[1:], ValidationConfig(songs=["b.wav"]), others=songs[:1])
 
 
 def test_padding_between_frames_is_left_out_too(tmp_path):

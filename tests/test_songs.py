@@ -115,6 +115,35 @@ def test_a_txt_without_keys_is_lyrics_alone(folder, text):
     assert (song.keyscale, song.language, song.bpm) == ("", "unknown", None)
 
 
+@pytest.mark.parametrize("above", ["# my notes", "---", "a slow song"])
+def test_keys_that_stand_in_lyrics_are_noted(folder, above):
+    root = folder({"x.wav": "", "x.txt": f"{above}\ncaption: slow\nbpm: 100\n"})
+    assert read_songs(root).notes == [
+        f"{root / 'x.txt'} does not begin with a key, so all of it is lyrics, even caption: slow, bpm: 100"
+    ]
+
+
+def test_files_beside_a_song_may_be_in_any_case_and_only_its_own_count(folder):
+    root = folder(
+        {"Song.WAV": "", "Song.TXT": "caption: upper\nbpm: 90", "Song.Lyrics.txt": "la", "song.json": {"bpm": 80}}
+    )
+    song = only_song(root)
+    assert (song.caption, song.bpm, song.lyrics) == ("upper", 90, "la")
+
+
+@pytest.mark.parametrize("mark", ["[Instrumental]", "[instrumental]", "[INSTRUMENTAL]\n"])
+def test_the_mark_of_an_instrumental_is_one_in_any_case(folder, mark):
+    song = only_song(folder({"x.wav": "", "x.lyrics.txt": mark}))
+    assert (song.lyrics, song.is_instrumental, song.says_instrumental) == ("", True, True)
+
+
+def test_a_language_that_is_no_code_is_noted(folder):
+    root = folder({"x.wav": "", "y.wav": "", "x.json": {"language": "English"}, "y.json": {"language": "yue"}})
+    assert read_songs(root).notes == [
+        "ACE-Step knows languages by codes such as en, and these are none: English of x.wav"
+    ]
+
+
 @pytest.mark.parametrize(
     ("key", "spelt"),
     [

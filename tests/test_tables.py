@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from mutagen.flac import FLAC
-from mutagen.id3 import ID3, SYLT, TBPM, TCON, TIT2, TKEY, USLT
+from mutagen.id3 import ID3, SYLT, TBPM, TCON, TIT2, TKEY, TXXX, USLT
 from mutagen.mp4 import MP4
 
 from sidestep.data import songs as songs_module
@@ -90,6 +90,49 @@ def test_the_line_that_tells_excel_the_separator_is_no_head(folder, tmp_path):
     assert list(listing.failed) == [f"{tmp_path / 't.csv'} line 4"]
 
 
+def test_a_title_finds_its_song_although_no_file_can_be_called_so(folder, tmp_path):
+    (tmp_path / "t.csv").write_text('Title,Artist,BPM\n"""Heroes""?",,90\nT.N.T.,AC/DC,91\n!!!,,92\n')
+    songs = words(
+        folder(audio=("01 - Heroes.wav", "AC_DC - TNT.wav", "AC_DC - T.N.T..wav", "!!!.wav", "+.wav")),
+        metadata_file=tmp_path / "t.csv",
+    )
+    assert [song.bpm for song in songs.values()] == [92, None, 90, 91, None]
+
+
+@pytest.mark.parametrize("closing", ["", 'Blue 12"', '"Heroes'])
+def test_a_title_that_begins_with_a_quote_is_one_line_of_a_dj_table(folder, tmp_path, closing):
+    lines = [
+        '1\t"Weird Al\tX\t90\t8A',
+        "2\tOne Love\tBand\t91\t9A",
+        f"3\t{closing}\tY\t92\t10A",
+        "4\tthree\tY\t93\t10B",
+    ]
+    text = "\r\n".join(["#\tTrack Title\tArtist\tBPM\tKey", *lines, ""])
+    (tmp_path / "t.txt").write_bytes(text.encode("utf-16"))
+    listing = read_songs(folder(audio=('"Weird Al.wav', "One Love.wav", "three.wav")), metadata_file=tmp_path / "t.txt")
+    assert {song.name: song.bpm for song in listing.songs} == {'"Weird Al.wav': 90, "One Love.wav": 91, "three.wav": 93}
+
+
+def test_values_in_quotes_between_tabs_may_take_several_lines(folder, tmp_path):
+    (tmp_path / "t.tsv").write_text('file_name\ttext\nOne Love.wav\t"say ""hey""\ntwice"\nlive/three.mp3\tx\n')
+    songs = words(folder(), metadata_file=tmp_path / "t.tsv")
+    assert [songs[name].caption for name in ("One Love.wav", "live/three.mp3")] == ['say "hey"\ntwice', "x"]
+
+
+def test_a_second_column_of_one_name_erases_nothing(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("File,Key,Key\nOne Love.wav,8A,\nlive/three.mp3,,9A\n")
+    songs = words(folder(), metadata_file=tmp_path / "t.csv")
+    assert (songs["One Love.wav"].keyscale, songs["live/three.mp3"].keyscale) == ("A minor", "E minor")
+
+
+def test_whole_numbers_that_pandas_wrote_with_a_point_are_read(folder):
+    root = folder(
+        {"metadata.csv": "file_name,repeat,is_instrumental,bpm\nOne Love.wav,2.0,1.0,90.0\nlive/three.mp3,,,\n"}
+    )
+    song = words(root)["One Love.wav"]
+    assert (song.repeat, song.is_instrumental, song.bpm) == (2, True, 90)
+
+
 def test_tables_that_a_named_one_replaces_are_noted(folder, tmp_path):
     (tmp_path / "t.csv").write_text("File,BPM\nOne Love.wav,128\n")
     root = folder({"songs.jsonl": '{"audio": "One Love.wav", "bpm": 90}\n'})
@@ -119,6 +162,56 @@ def test_tables_are_found_by_name_and_the_nearer_one_wins(folder):
     one = songs["One Love.wav"]
     assert (one.caption, one.source, one.bpm, one.genre) == ("from csv", "metadata.csv", 128, "rock")
     assert songs["live/three.mp3"].caption == "near"
+
+
+def test_a_table_of_audiofolder_is_found_in_every_folder_above_its_songs(folder):
+    root = folder({"train/metadata.csv": "file_name,text\nwavs/1.wav,deep\n"}, audio=("train/wavs/1.wav",))
+    listing = read_songs(root)
+    assert [song.caption for song in listing.songs] == ["deep"]
+    assert not listing.missing
+
+
+ALBUMS = ("Album A/01 Intro.wav", "Album B/01 Intro.wav")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_path_from_another_machine_finds_the_song_that_shares_most_of_its_end(folder, tmp_path, order):
+    lines = [f"/Volumes/Music/{name},{bpm}\n" for name, bpm in zip(ALBUMS, (80, 90), strict=True)]
+    (tmp_path / "t.csv").write_text("Location,BPM\n" + "".join(lines[::order]))
+    listing = read_songs(folder(audio=ALBUMS), metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [80, 90]
+    assert not listing.failed
+    assert not listing.missing
+    assert not listing.notes
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_words_of_one_album_are_not_given_to_another_that_has_its_own(folder, tmp_path, order):
+    lines = [f"/Volumes/Music/{name},{bpm}\n" for name, bpm in zip(ALBUMS, (80, 90), strict=True)]
+    (tmp_path / "t.csv").write_text("Location,BPM\n" + "".join(lines[::order]))
+    listing = read_songs(folder(audio=ALBUMS[:1]), metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [80]
+    assert list(listing.missing.values()) == [f"/Volumes/Music/{ALBUMS[1]}"]
+    assert not listing.failed
+
+
+def test_words_from_another_folder_are_given_with_a_note(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("Location,BPM\n/Music/Album B/01 Intro.wav,90\n/Music/Album B/02.wav,91\n")
+    root = folder(audio=("Album A/01 Intro.wav", "02.wav"))
+    listing = read_songs(root, metadata_file=tmp_path / "t.csv")
+    assert [song.bpm for song in listing.songs] == [91, 90]
+    assert listing.notes == [
+        f"{tmp_path / 't.csv'} has these in other folders, and their names alone fit: "
+        "/Music/Album B/01 Intro.wav as Album A/01 Intro.wav"
+    ]
+
+
+def test_accents_are_the_same_however_a_file_system_writes_them(folder, tmp_path):
+    root = folder(audio=("Cafe\u0301 Noir.wav", "a/Ole\u0301.wav"))
+    (tmp_path / "t.csv").write_text("File,BPM\nCaf\xe9 Noir.wav,90\n", encoding="utf-8")
+    assert words(root, metadata_file=tmp_path / "t.csv")["Cafe\u0301 Noir.wav"].bpm == 90
+    (tmp_path / "t.csv").write_text("Title,BPM\nOL\xc9,91\n", encoding="utf-8")
+    assert words(root, metadata_file=tmp_path / "t.csv")["a/Ole\u0301.wav"].bpm == 91
 
 
 def test_all_bad_entries_are_named_at_once_by_file_and_line(folder):
@@ -166,7 +259,7 @@ def test_a_table_that_is_none_is_refused_by_name(folder, content, message):
         ("Am", "A minor"), ("F#", "F# major"), ("Bbm", "Bb minor"), ("Cmaj", "C major"), ("d min", "D minor"),
         ("E♭", "Eb major"), ("8A", "A minor"), ("08B", "C major"), ("1A", "Ab minor"), ("12B", "E major"),
         ("1m", "A minor"), ("6d", "B major"), ("C major", "C major"), ("A Minor", "A minor"),
-        ("D-Flat MAJOR", "Db major"), ("atonal", "atonal"),
+        ("D-Flat MAJOR", "Db major"), ("atonal", "atonal"), ("8A (Am)", "A minor"), ("8A (C)", "8A (C)"),
     ],
 )  # fmt: skip
 def test_keys_of_dj_programs_are_spelt_as_ace_step_does(written, spelt):
@@ -256,6 +349,21 @@ def test_a_numbered_genre_is_a_name_and_syllables_are_put_together_to_lines(tmp_
     assert (song.genre, song.timed_lyrics) == ("Rock", [(0.0, "Hello world"), (0.9, "Next")])
 
 
+def test_all_genres_of_a_file_are_read_and_the_key_that_dj_programs_write_into_a_free_frame(tmp_path):
+    write(tmp_path / "a.mp3", tone())
+    write(tmp_path / "b.flac", tone())
+    id3 = ID3()
+    for frame in (TCON(text=["House", "Dub"]), TXXX(desc="initialkey", text="8A")):
+        id3.add(frame)
+    id3.save(tmp_path / "a.mp3")
+    flac = FLAC(tmp_path / "b.flac")
+    flac["genre"] = ["House", "Dub"]
+    flac.save()
+    songs = words(tmp_path)
+    assert [song.genre for song in songs.values()] == ["House, Dub"] * 2
+    assert songs["a.mp3"].keyscale == "A minor"
+
+
 def test_without_mutagen_one_note_says_that_tags_are_not_read(tagged, monkeypatch):
     monkeypatch.setattr(songs_module, "can_read_tags", lambda: False)
     listing = read_songs(tagged)
@@ -278,6 +386,19 @@ def test_lrc_gives_lines_by_time_with_sections_and_repeats():
 def test_a_time_in_a_line_or_two_makes_no_lyrics_with_times():
     assert parse_lrc("[Verse]\nFirst line\nSecond line\n[1:30] guitar solo\n[Chorus]\nla la") is None
     assert parse_lrc("[Verse]\n[00:01]one\n[00:02]two\nthree") is not None
+
+
+def test_tags_of_lrc_files_are_not_sung(folder):
+    tags = "[id:abc]\n[tool:LRC Maker]\n[lr:Someone]\n[encoder:x]\n"
+    assert parse_lrc(f"{tags}[Chorus: Anna]\n[00:01]one\n[by:me]\n[00:02]two") == [
+        (1.0, "[Chorus: Anna]"), (1.0, "one"), (2.0, "two"),
+    ]  # fmt: skip
+    root = folder({"One Love.lrc": "[ti:x]\n[ar:y]\n\n[encoder:x]\n", "live/three.lrc": "[ar:y]\nla\nli\n"})
+    songs = words(root)
+    assert (songs["One Love.wav"].lyrics, songs["One Love.wav"].is_instrumental) == ("", True)
+    assert songs["live/three.mp3"].lyrics == "la\nli"
+    (root / "One Love.txt").write_text("[Verse]\nhey")
+    assert words(root)["One Love.wav"].lyrics == "[Verse]\nhey"
 
 
 def test_sections_in_metadata_give_lines_by_time():
@@ -333,7 +454,8 @@ def test_songs_jsonl_says_what_every_source_said(folder, capsys):
     )
     before = words(root)
     list_songs(songs_config(f"audio_dir={root}", "write=true"))
-    lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    of_all, *lines = [json.loads(line) for line in (root / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert of_all == {"tag_position": "prepend", "genre_ratio": 0}
     assert lines[0]["lyrics"].splitlines()[:2] == ["[00:01.000][Verse]", "[00:01.000]first line"]
     assert lines[1:] == [
         {"audio": "live/02 - Two_hearts.flac"},
@@ -356,6 +478,34 @@ def test_ends_of_lines_within_a_value_are_kept(folder):
     after = words(root)
     assert {name: (song.caption, song.lyrics) for name, song in after.items()} == {
         name: (song.caption, song.lyrics) for name, song in before.items()
+    }
+
+
+def test_songs_jsonl_keeps_where_the_tag_goes_and_how_many_songs_train_on_their_genre(folder, tmp_path, capsys):
+    metadata = {"custom_tag": "zz", "tag_position": "append", "genre_ratio": 100}
+    samples = [{"filename": "One Love.wav", "caption": "a love song", "genre": "house"}]
+    (tmp_path / "my_lora.json").write_text(json.dumps({"metadata": metadata, "samples": samples}))
+    root = folder()
+    before = read_songs(root, metadata_file=tmp_path / "my_lora.json")
+    list_songs(songs_config(f"audio_dir={root}", f"metadata_file={tmp_path / 'my_lora.json'}", "write=true"))
+    after = read_songs(root)
+    assert (after.tag_position, after.genre_ratio) == (before.tag_position, before.genre_ratio) == ("append", 100)
+    assert [song.prompt for song in after.songs] == [song.prompt for song in before.songs]
+    assert after.songs[0].prompt == "genre"
+    assert read_songs(root, genre_ratio=0).genre_ratio == 0
+
+
+def test_what_songs_jsonl_says_of_all_songs_wins_over_a_table_that_was_passed_over(folder, tmp_path, capsys):
+    metadata = {"custom_tag": "zz", "tag_position": "append", "genre_ratio": 100}
+    root = folder({"dataset.json": json.dumps({"metadata": metadata, "samples": []})})
+    (tmp_path / "t.csv").write_text("File,custom_tag\nOne Love.wav,yy\n")
+    list_songs(songs_config(f"audio_dir={root}", f"metadata_file={tmp_path / 't.csv'}", "write=true"))
+    listing = read_songs(root)
+    assert (listing.tag_position, listing.genre_ratio) == ("prepend", 0)
+    (root / "songs.jsonl").write_text('{"tag_position": "first", "genre_ratio": 30}\n{"tag_pos": 3}\n')
+    assert read_songs(root).lost == {
+        f"{root / 'songs.jsonl'} line 1": "tag_position must be one of prepend, append, replace, it is 'first'",
+        f"{root / 'songs.jsonl'} line 2": "neither audio_path nor filename names a file",
     }
 
 
@@ -406,7 +556,7 @@ def test_an_instrumental_stays_one_when_values_are_filled(tagged):
     songs = words(tagged)
     assert (songs["id3.mp3"].lyrics, songs["vorbis.flac"].lyrics) == ("", "la\nli")
     lines = [json.loads(line) for line in (tagged / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["audio"] for line in lines if "is_instrumental" in line] == ["id3.mp3"]
+    assert [line.get("audio") for line in lines if "is_instrumental" in line] == ["id3.mp3"]
 
 
 def test_nothing_is_written_over_words_that_cannot_be_read(folder, capsys):

@@ -81,6 +81,12 @@ def test_one_song_is_held_out_where_the_fraction_would_hold_out_none():
     assert (len(train_on), len(held_out)) == (2, 1)
 
 
+def test_a_song_is_named_as_it_is_called_with_brackets_and_accents():
+    songs = songs_named("My Song [Live]", "Cafe\u0301", "other")
+    assert hold_out(songs, ValidationConfig(songs=["My Song [Live].wav"]))[1] == [0]
+    assert hold_out(songs, ValidationConfig(songs=["Caf\xe9.wav", "[M]y*"]))[1] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -45,6 +45,11 @@ def caption_of(prompt: str) -> str:
     return prompt.partition("# Caption\n")[2].rpartition("\n\n# Metas\n")[0]
 
 
+def is_instrumental_mark(lyrics: str) -> bool:
+    """Say whether lyrics are nothing but :data:`INSTRUMENTAL`, in any case and as models write it."""
+    return lyrics.casefold().strip(" .") == INSTRUMENTAL.casefold()
+
+
 def lyrics_prompt(lyrics: str, language: str) -> str:
     """Write the lyric prompt of a song; empty lyrics become :data:`INSTRUMENTAL`.
 

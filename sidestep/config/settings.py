@@ -316,9 +316,9 @@ class PreprocessConfig:
     custom_tag: str = ""
     """Trigger word put into every caption."""
     tag_position: TagPosition | None = None
-    """Where the tag goes: prepend, append, or replace the whole caption; null is dataset.json's, or prepend."""
+    """Where the tag goes: prepend, append, or replace the whole caption; null is a table's choice, or prepend."""
     genre_ratio: int | None = None
-    """Per cent of songs that train on their genre line instead of their caption; null is dataset.json's, or 0."""
+    """Per cent of songs that train on their genre line, not their caption; null is a table's choice, or 0."""
     language: str = MISSING
     """Language of lyrics whose metadata does not name one."""
     max_song_seconds: float | None = None

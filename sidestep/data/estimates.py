@@ -18,7 +18,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from sidestep.acestep.prompts import INSTRUMENTAL
+from sidestep.acestep.prompts import is_instrumental_mark
 from sidestep.captioner import ModelConfig, NoAnswerError
 from sidestep.data import analysis
 from sidestep.data.audio import SAMPLE_RATE, SILENT_PEAK, peak, read_audio
@@ -134,7 +134,7 @@ def _fill(
         answers = hear(song.name, sound, wanted)
         given = {key: answers[key] for key in wanted if answers.get(key)}
         problems: dict[str, list[str]] = {}
-        if str(given.get("lyrics", "")).casefold().strip(" .") == INSTRUMENTAL.casefold():
+        if is_instrumental_mark(str(given.get("lyrics", ""))):
             song.says_instrumental = song.is_instrumental = True
             given["lyrics"] = ""
         merge(song, given, "captioner", f"the answer about {song.name}", problems)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from sidestep.config.evaluation import ValidationConfig
 from sidestep.data.manifest import SongRecord
+from sidestep.data.names import is_named
 from sidestep.errors import UserError
 from sidestep.seeds import derive_seed
 
 
 def content_id(song: SongRecord) -> str:
-    """What tells a song from others by its sound: its hash, or the name of its file of latents where it is not known.
-
-    Tensor files of other trainers have neither, so it is their path.
-    """
-    path = PurePosixPath(song.latents)
-    return song.sound or (path.with_suffix("").as_posix() if path.suffix == ".pt" else path.stem)
+    """What tells a song from others by its sound: its hash, or where that is not known the name of its latents."""
+    return song.sound or PurePosixPath(song.latents).stem
 
 
 def place_of(song: SongRecord) -> float:
@@ -56,11 +52,11 @@ def hold_out(
     """
     if config.songs:
         for name in config.songs:
-            if not any(fnmatchcase(song.audio, name) for song in songs):
+            if not any(is_named(song.audio, name) for song in songs):
                 raise UserError(
                     f"validation.songs has {name!r}, which is no song of the dataset; its first is {songs[0].audio!r}"
                 )
-        named = {content_id(song) for song in songs if any(fnmatchcase(song.audio, name) for name in config.songs)}
+        named = {content_id(song) for song in songs if any(is_named(song.audio, name) for name in config.songs)}
     elif config.fraction:
         first = min(songs, key=place_of)
         named = {content_id(song) for song in songs if place_of(song) < config.fraction} or {content_id(first)}

@@ -189,13 +189,17 @@ def _record(name: str, sample: dict[str, Any], metadata: dict[str, Any], folder:
         if HALF_CHARACTER.search(str(metadata.get(key) or "")):
             raise UserError(f"{folder / name}: {key} holds half a character, {metadata[key]!r:.60}")
     with zipfile.ZipFile(folder / name) as archive:  # which is what a .pt is; it holds a checksum of each tensor
-        contents = repr([(entry.filename.partition("/")[2], entry.CRC) for entry in archive.infolist()])
+        entries = archive.infolist()
+    contents = repr([(entry.filename.partition("/")[2], entry.CRC) for entry in entries])
+    size = sample["target_latents"].untyped_storage().nbytes()  # names in the archive do not say whose they are
+    checksums = "-".join(f"{entry.CRC:08x}" for entry in entries if entry.file_size == size)
     return SongRecord(
         audio=str(metadata.get("filename") or name),
         latents=name,
         conditions=hashlib.sha256(contents.encode()).hexdigest(),
         prompt="caption",
         num_frames=num_frames,
+        sound=f"{size}-{checksums}",
         caption=str(metadata.get("caption") or ""),
         repeat=repeat if type(repeat) is int and 1 <= repeat < 10**6 else 1,
         source="tensor file",

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from sidestep.config.data import SongsConfig
 from sidestep.data.audio import probe_audio
 from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
+from sidestep.data.names import is_named
 from sidestep.data.songs import SongList, caption_from_name, printable, read_songs
-from sidestep.data.tables import SONGS
+from sidestep.data.tables import OF_ALL_SONGS, SONGS
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import Song, merge
 from sidestep.errors import UserError
@@ -48,7 +48,7 @@ def list_songs(config: SongsConfig) -> SongList:
         except UserError as error:
             listing.undecodable[song.name] = str(error)
     before = {song.name: dataclasses.replace(song) for song in listing.songs}
-    chosen = [song for song in listing.songs if fnmatchcase(song.name, config.only)]
+    chosen = [song for song in listing.songs if is_named(song.name, config.only)]
     for song in chosen:
         _edit(song, config)
     if config.estimate:
@@ -70,14 +70,19 @@ def list_songs(config: SongsConfig) -> SongList:
         )
     if target.exists():
         shutil.copyfile(target, _free_name(target.with_suffix(".jsonl.bak")))
-    write_songs(target, listing.songs)
+    write_songs(target, listing)
     print(f"wrote {target}: {len(listing.songs)} songs, {changed} changed; preprocessing reads it in place of the rest")
     return listing
 
 
-def write_songs(path: Path, songs: Sequence[Song]) -> None:
-    """Write songs.jsonl, complete or not at all."""
-    write_text(path, "".join(json.dumps(as_line(song), ensure_ascii=False) + "\n" for song in songs))
+def write_songs(path: Path, listing: SongList) -> None:
+    """Write songs.jsonl, complete or not at all.
+
+    What holds for all songs is written also where it is the default, since a dataset.json there may say otherwise.
+    """
+    of_all = {key: getattr(listing, key) for key in OF_ALL_SONGS}
+    lines = [of_all, *(as_line(song) for song in listing.songs)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def as_line(song: Song) -> dict[str, Any]:

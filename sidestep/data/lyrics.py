@@ -12,7 +12,9 @@ TimedLine = tuple[float, str]
 
 _STAMP = re.compile(r"\[(\d{1,3}):(\d{1,2}(?:[.:,]\d{1,3})?)\]")
 _WORD_STAMP = re.compile(r"<\d{1,3}:\d{1,2}(?:[.:,]\d{1,3})?>\s?")
-_LRC_TAG = re.compile(r"\[(ar|ti|al|au|by|re|ve|la|length|offset|#)\s*:(.*)\]\s*", re.IGNORECASE)
+_LRC_TAG = re.compile(r"\[(ar|ti|al|au|by|re|ve|la|lr|id|tool|length|offset|#)\s*:(.*)\]", re.IGNORECASE)
+_OTHER_TAG = re.compile(r"\[[a-z_]+:.*\]")
+"""What else programs put above the first time, in lower case; "[Chorus: Anna]" is a section."""
 _SECTION = re.compile(r"\[[^\]\d][^\]]*\]\s*")
 
 
@@ -35,6 +37,8 @@ def parse_lrc(text: str) -> list[TimedLine] | None:
             if tag[1].lower() == "offset" and re.fullmatch(r"\s*[+-]?\d+\s*", tag[2]):
                 offset = int(tag[2]) / 1000
             continue
+        if not num_timed and _OTHER_TAG.fullmatch(line.strip()):
+            continue
         words, times = line.strip(), []
         while stamp := _STAMP.match(words):
             times.append(60 * int(stamp[1]) + float(re.sub("[:,]", ".", stamp[2])))
@@ -52,6 +56,14 @@ def parse_lrc(text: str) -> list[TimedLine] | None:
         return None
     lines += [(lines[-1][0], rest) for rest in waiting]
     return sorted(((max(0.0, time - offset), words) for time, words in lines), key=lambda line: line[0])
+
+
+def without_tags(text: str) -> str:
+    """Leave the tags of LRC files out of lyrics that have no times; nothing is left where there is nothing else."""
+    lines = text.split("\n")
+    if all(_LRC_TAG.fullmatch(line.strip()) or _OTHER_TAG.fullmatch(line.strip()) for line in lines if line.strip()):
+        return ""
+    return "\n".join(line for line in lines if not _LRC_TAG.fullmatch(line.strip())).strip()
 
 
 def parse_sections(value: Any) -> list[TimedLine]:

@@ -21,7 +21,9 @@ inside files are full of what programs left there, so those that cannot be used 
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import os
 import re
 import urllib.parse
@@ -30,8 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.acestep.prompts import INSTRUMENTAL, choose_genre
+from sidestep.acestep.prompts import choose_genre, is_instrumental_mark
 from sidestep.data.audio import find_audio
+from sidestep.data.names import composed, letters
 from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
@@ -110,7 +113,8 @@ def read_songs(
         listing.failed |= table.failed
         if table.unused:
             listing.notes.append(f"not used from {table.path}: {_names(table.unused)}")
-    matched = [_match_entries(table, listing, audio_dir) for table in tables]
+    finder = _SongFinder(songs, audio_dir)
+    matched = [_match_entries(table, listing, finder) for table in tables]
     if others := [str(path) for path in passed_over if path.resolve() not in {path.resolve() for path in paths}]:
         listing.notes.append(f"metadata_file={metadata_file} is read in the place of {_names(others)}")
     final_lines = tuple(f"{table.path} line " for table in tables if table.is_final)
@@ -122,6 +126,7 @@ def read_songs(
     in_tags: list[str] = []
     no_keys: list[str] = []
     unused: set[str] = set()
+    beside = functools.cache(_by_lower_name)
     for song in songs:
         problems: dict[str, list[str]] = {}
         entries = [
@@ -139,7 +144,7 @@ def read_songs(
             if not table.is_final and isinstance(entry.values.get("keyscale"), str):
                 no_keys += problems.pop("keyscale", [])  # programs write what they did not find there
         if not final:
-            for words, sidecar, lines in _read_sidecars(song, paths, listing.notes, unused, problems):
+            for words, sidecar, lines in _read_sidecars(song, beside, paths, listing.notes, unused, problems):
                 replaced += merge(song, words, "sidecar", str(sidecar), problems, lines)
         _complete(song, custom_tag, language, problems)
         if problems:
@@ -185,20 +190,24 @@ def _complete(song: Song, custom_tag: str, language: str, problems: dict[str, li
 
 def _choose_prompts(listing: SongList) -> None:
     chosen = choose_genre(len(listing.songs), listing.genre_ratio)
-    without_genre, unsung = [], []
+    without_genre, unsung, no_codes = [], [], []
     for index, song in enumerate(listing.songs):
         song.prompt = song.prompt_override or ("genre" if index in chosen and song.genre else "caption")
         if index in chosen and not song.genre and not song.prompt_override:
             without_genre.append(song.name)
-        if song.is_instrumental and song.lyrics not in ("", INSTRUMENTAL):
+        is_marked = is_instrumental_mark(song.lyrics)
+        if song.is_instrumental and song.lyrics and not is_marked:
             unsung.append(song.name)
-        song.says_instrumental = song.is_instrumental or song.lyrics == INSTRUMENTAL
-        song.lyrics = "" if song.is_instrumental or song.lyrics == INSTRUMENTAL else song.lyrics
+        if not _FORMS["language"].fullmatch(song.language.lower()):
+            no_codes.append(f"{song.language} of {song.name}")
+        song.says_instrumental = song.is_instrumental or is_marked
+        song.lyrics = "" if song.says_instrumental else song.lyrics
         song.is_instrumental = not song.lyrics
         song.timed_lyrics = song.timed_lyrics if song.lyrics else []
     for note, names in (
         ("chosen by the genre ratio but without a genre, so on their caption", without_genre),
         ("marked instrumental, so their lyrics are not used", unsung),
+        ("ACE-Step knows languages by codes such as en, and these are none", no_codes),
     ):
         if names:
             listing.notes.append(f"{note}: {_names(names)}")
@@ -215,8 +224,13 @@ def _names(names: list[str], limit: int = 10) -> str:
 
 
 def _find_tables(audio_dir: Path, songs: Sequence[Song]) -> list[Path]:
-    """Find the tables of a folder of songs; a song named ``dataset`` may have its words in dataset.json."""
-    folders = {song.path.parent for song in songs}
+    """Find the tables of a folder of songs and of those below it, down to the songs.
+
+    A song named ``dataset`` may have its words in dataset.json.
+    """
+    own_folders = {song.path.parent for song in songs}
+    folders = own_folders.union(*(folder.parents for folder in own_folders))
+    folders = {folder for folder in folders if folder.is_relative_to(audio_dir)}
     below = [folder / name for folder in sorted(folders) for name in ("metadata.csv", "metadata.jsonl")]
     wanted = [audio_dir / name for name in FOUND]
     wanted[-1:-1] = [path for path in below if path not in wanted]
@@ -229,81 +243,122 @@ def _is_sidecar(path: Path) -> bool:
     return isinstance(content, dict) and "samples" not in content
 
 
-def _match_entries(table: Table, listing: SongList, audio_dir: Path) -> dict[str, Entry]:
+def _match_entries(table: Table, listing: SongList, finder: _SongFinder) -> dict[str, Entry]:
     """Give each song the entry that is about it; what cannot be given goes to ``failed`` and ``missing``."""
-    songs = {os.path.realpath(song.path): song for song in listing.songs}
-    by_file: dict[str, list[Song]] = {}
-    by_title: dict[str, list[Song]] = {}
-    for song in listing.songs:
-        by_file.setdefault(song.path.name, []).append(song)
-        by_title.setdefault(caption_from_name(song.path).casefold(), []).append(song)
-    matched: dict[str, Entry] = {}
+    matched: dict[str, _Match] = {}
+
+    def miss(where: str, file: str) -> None:
+        if table.is_final:
+            listing.failed[where] = f"there is no audio file {file}"
+        else:
+            listing.missing[where] = file
+
     for entry in table.entries:
         try:
-            song = _song_of(entry.values, songs, by_file, by_title, audio_dir, table.path.parent)
-            if song.name in matched:
-                raise ValueError(f"{song.name} is named twice; the first entry is used")
-            matched[song.name] = entry
+            match = finder.find(entry, table.path.parent)
+            before = matched.get(match.song.name)
+            if before is not None and before.shared == match.shared:
+                raise ValueError(f"{match.song.name} is named twice; the first entry is used")
+            if before is not None:  # whose path has less in common with the song's is about another
+                match, other = (match, before) if match.shared > before.shared else (before, match)
+                miss(other.entry.where, other.file)
+            matched[match.song.name] = match
             if table.is_final and entry.unused:
                 raise ValueError(f"{_names(entry.unused)}: there is no such key; there are {', '.join(SONG_KEYS)}")
         except LookupError as error:
-            if table.is_final:
-                listing.failed[entry.where] = f"there is no audio file {error.args[0]}"
-            else:
-                listing.missing[entry.where] = str(error.args[0])
+            miss(entry.where, str(error.args[0]))
         except ValueError as error:
             listing.failed[entry.where] = str(error)
-    return matched
+    if moved := [f"{match.file} as {name}" for name, match in matched.items() if match.is_in_another_folder]:
+        listing.notes.append(f"{table.path} has these in other folders, and their names alone fit: {_names(moved, 5)}")
+    return {name: match.entry for name, match in matched.items()}
 
 
-def _song_of(
-    values: Any,
-    songs: dict[str, Song],
-    by_file: dict[str, list[Song]],
-    by_title: dict[str, list[Song]],
-    audio_dir: Path,
-    beside: Path,
-) -> Song:
-    """Find the song that an entry is about, by its path, its file name, or its title where it has neither.
+@dataclass
+class _Match:
+    """An entry of a table, and the song that it is about."""
 
-    Paths written on another machine do not exist here, so the last part of one is enough if only one song has it.
+    entry: Entry
+    song: Song
+    shared: float
+    """How many parts their paths have in common, counted from the end; infinite where they are the same file."""
+    file: str = ""
+    """What the entry calls it."""
 
-    Raises:
-        LookupError: with the name of a file that is not there.
-        ValueError: saying why the entry cannot be used.
+    @property
+    def is_in_another_folder(self) -> bool:
+        return self.shared == 1 and "/" in self.file and "/" in self.song.name
+
+
+class _SongFinder:
+    """Finds the song that an entry of a table is about, by its path, or by its title where it has no file name.
+
+    Paths written on another machine do not exist here, so the song that shares most of the path's end is taken.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {values!r:.60}')
-    names = [_as_path(value) for value in values.get("file", ()) if isinstance(value, str) and value.strip()]
-    if any(CONTROL.search(name) for name in names):
-        raise ValueError("its file name holds control characters")
-    if not names:
-        return _song_by_title(values, by_title)
-    candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, audio_dir)]
-    for candidate in candidates:
-        if candidate in songs:
-            return songs[candidate]
-    if any(os.path.isfile(file) and not Path(file).is_relative_to(audio_dir.resolve()) for file in candidates):
-        raise ValueError(f"{names[0]} is outside audio_dir={audio_dir}; move it there")
-    same_name = by_file.get(names[-1].rpartition("/")[2], [])
-    if len(same_name) > 1:
-        raise ValueError(f"{names[0]} could be any of {_names([song.name for song in same_name])}")
-    if not same_name:
-        raise LookupError(names[0][:200])
-    return same_name[0]
 
+    def __init__(self, songs: Sequence[Song], audio_dir: Path) -> None:
+        self._audio_dir = audio_dir
+        folder = composed(os.path.realpath(audio_dir))
+        self._reversed = {song.name: f"{folder}/{composed(song.name)}".split("/")[::-1] for song in songs}
+        self._by_path = {os.path.realpath(song.path): song for song in songs}
+        self._by_file: dict[str, list[Song]] = {}
+        self._by_title: dict[str, list[Song]] = {}
+        for song in songs:
+            self._by_file.setdefault(composed(song.path.name), []).append(song)
+            self._by_title.setdefault(letters(caption_from_name(song.path)), []).append(song)
 
-def _song_by_title(values: dict[str, Any], by_title: dict[str, list[Song]]) -> Song:
-    title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
-    if not title:
-        raise ValueError("neither audio_path nor filename names a file")
-    for name in (f"{artist} - {title}", f"{title} - {artist}", title):
-        found = by_title.get(name.replace("_", " ").casefold(), [])
-        if len(found) > 1:
-            raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
-        if found:
-            return found[0]
-    raise LookupError(f"{artist} - {title}"[:200] if artist else title[:200])
+    def find(self, entry: Entry, beside: Path) -> _Match:
+        """Find the song of an entry in a table that lies in the folder ``beside``.
+
+        Raises:
+            LookupError: with the name of a file that is not there.
+            ValueError: saying why the entry cannot be used.
+        """
+        values = entry.values
+        if not isinstance(values, dict):
+            raise ValueError(f'it must be an object such as {{"filename": ...}}, it is {values!r:.60}')
+        names = [_as_path(value) for value in values.get("file", ()) if isinstance(value, str) and value.strip()]
+        if any(CONTROL.search(name) for name in names):
+            raise ValueError("its file name holds control characters")
+        if not names:
+            return _Match(entry, self._by_its_title(values), 0)
+        candidates = [os.path.realpath(folder / name) for name in names for folder in (beside, self._audio_dir)]
+        for candidate in candidates:
+            if candidate in self._by_path:
+                return _Match(entry, self._by_path[candidate], math.inf, names[0])
+        inside = self._audio_dir.resolve()
+        if any(os.path.isfile(file) and not Path(file).is_relative_to(inside) for file in candidates):
+            raise ValueError(f"{names[0]} is outside audio_dir={self._audio_dir}; move it there")
+        same_name = self._by_file.get(composed(names[-1].rpartition("/")[2]), [])
+        if not same_name:
+            raise LookupError(names[0][:200])
+        shared, nearest = max((self._nearest(same_name, name) for name in names), key=lambda found: found[0])
+        if len(nearest) > 1:
+            raise ValueError(f"{names[0]} could be any of {_names([song.name for song in nearest])}")
+        in_folder = beside.relative_to(self._audio_dir) if beside.is_relative_to(self._audio_dir) else Path()
+        return _Match(entry, nearest[0], shared, (in_folder / names[0]).as_posix())
+
+    def _nearest(self, songs: list[Song], path: str) -> tuple[int, list[Song]]:
+        """Give those songs whose paths share most of the end of another path, and how many parts of it."""
+        parts = composed(path).split("/")[::-1]
+        for shared, part in enumerate(parts):
+            nearer = [song for song in songs if self._reversed[song.name][shared : shared + 1] == [part]]
+            if not nearer:
+                return shared, songs
+            songs = nearer
+        return len(parts), songs
+
+    def _by_its_title(self, values: dict[str, Any]) -> Song:
+        title, artist = str(values.get("title") or "").strip(), str(values.get("artist") or "").strip()
+        if not title:
+            raise ValueError("neither audio_path nor filename names a file")
+        for name in (f"{artist} - {title}", f"{title} - {artist}", title):
+            found = self._by_title.get(letters(name), [])
+            if len(found) > 1:
+                raise ValueError(f"{title} could be any of {_names([song.name for song in found])}")
+            if found:
+                return found[0]
+        raise LookupError(f"{artist} - {title}"[:200] if artist else title[:200])
 
 
 def _as_path(text: str) -> str:
@@ -316,12 +371,18 @@ def _as_path(text: str) -> str:
 
 
 def _read_sidecars(
-    song: Song, tables: Sequence[Path], notes: list[str], unused: set[str], problems: dict[str, list[str]]
+    song: Song,
+    beside: Callable[[Path], dict[str, list[str]]],
+    tables: Sequence[Path],
+    notes: list[str],
+    unused: set[str],
+    problems: dict[str, list[str]],
 ) -> list[tuple[dict[str, Any], Path, dict[str, int]]]:
     """Read the files beside a song, the one that wins last: values, the file, and lines of the values if known.
 
     Args:
         song: whose files are read.
+        beside: gives the files of a folder by their names in lower case.
         tables: files that are not of one song.
         notes: gets what of a text file is not used.
         unused: gets the keys of a JSON file that are not used.
@@ -330,8 +391,10 @@ def _read_sidecars(
     found: list[tuple[dict[str, Any], Path, dict[str, int]]] = []
 
     def read(suffix: str, parse: Callable[[Path], dict[str, Any]]) -> None:
-        path = song.path.with_name(song.path.stem + suffix)
-        if os.path.isfile(path) and path not in tables:  # unlike Path.is_file, it takes a name of any length
+        folder, stem = song.path.parent, song.path.stem
+        names = [name for name in beside(folder).get((stem + suffix).lower(), []) if name.startswith(stem)]
+        path = folder / (names[0] if names else stem + suffix)
+        if names and path.is_file() and path not in tables:
             try:
                 found.append((parse(path), path, lines if suffix == ".txt" else {}))
             except UserError as error:
@@ -340,9 +403,12 @@ def _read_sidecars(
     lines: dict[str, int] = {}
 
     def parse_txt(path: Path) -> dict[str, Any]:
-        values, other = _parse_txt(_read_text(path), lines)
+        text = _read_text(path)
+        values, other = _parse_txt(text, lines)
         if other:
             notes.append(f"not used from {path}: {_names(other)}")
+        if not lines and (keys := [line.strip()[:60] for line in text.splitlines() if _is_sure_key(line)]):
+            notes.append(f"{path} does not begin with a key, so all of it is lyrics, even {_names(keys)}")
         return values
 
     read(".txt", parse_txt)
@@ -357,6 +423,14 @@ def _read_sidecars(
     read(".caption.txt", lambda path: {"caption": _read_text(path)})
     read(".lyrics.txt", lambda path: {"lyrics": _read_text(path)})
     return found
+
+
+def _by_lower_name(folder: Path) -> dict[str, list[str]]:
+    """List a folder by names in lower case; of names that differ in case alone, those in lower case come first."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder), reverse=True):
+        names.setdefault(name.lower(), []).append(name)
+    return names
 
 
 def _parse_txt(text: str, at: dict[str, int]) -> tuple[dict[str, Any], list[str]]:

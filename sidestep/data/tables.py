@@ -4,11 +4,12 @@ dataset.json        of ACE-Step's or Side-Step's dataset builder: {"metadata": .
 metadata.csv/jsonl  of Hugging Face's audiofolder, in any folder of songs; file_name names the song
 *.csv, *.tsv, *.txt of DJ programs (rekordbox, Serato, Mixed In Key, Mixxx, ...), with a head line
 *.nml               playlists of Traktor
-songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``
+songs.jsonl         sidestep's own, written by ``python -m sidestep.songs``; a line without a song is about all of them
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -47,6 +48,9 @@ COLUMNS = {
     "estimated": ("estimated",),
 }  # fmt: skip
 """Key of an entry -> what programs call it, in any case; of several, the first that has a value counts."""
+
+OF_ALL_SONGS = ("tag_position", "genre_ratio")
+"""What songs.jsonl says once for all its songs, in a line of its own; each has a custom_tag of its own."""
 
 _BY_NAME = {name: key for key, names in COLUMNS.items() for name in names}
 
@@ -137,26 +141,41 @@ def _read_json(path: Path, text: str) -> Table:
         keys = keys if keys.isprintable() else ascii(keys)[1:-1]
         wanted = '{"metadata": {...}, "samples": [...]}'
         raise UserError(f"{path} must be a list of songs or {wanted}, it has {keys:.200}")
-    defaults: dict[str, Any] = {}
     problems: list[str] = []
-    for key, conversion in FILE_KEYS.items():
-        if metadata.get(key) not in (None, ""):
-            convert(key, metadata[key], conversion, defaults, f"{path} metadata", problems)
+    defaults = _convert_defaults(metadata, f"{path} metadata", problems)
     if problems:
         raise UserError("; ".join(problems))
     entries = [_entry(entry, f"{path} entry {i}") for i, entry in enumerate(samples, start=1)]
     return Table(path, entries, defaults, unused=_unused(entries))
 
 
+def _convert_defaults(values: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """Take what is said about all songs."""
+    defaults: dict[str, Any] = {}
+    for key, conversion in FILE_KEYS.items():
+        if values.get(key) not in (None, ""):
+            convert(key, values[key], conversion, defaults, where, problems)
+    return defaults
+
+
 def _read_jsonl(path: Path, text: str) -> Table:
     table = Table(path, [])
     for number, line in enumerate(text.split("\n"), start=1):  # other ends of lines may stand in values
         where = f"{path} line {number}"
-        if line.strip():
-            try:
-                table.entries.append(_entry(parse_json(line, where), where))
-            except UserError as error:
-                table.failed[where] = str(error).removeprefix(f"{where} ")
+        if not line.strip():
+            continue
+        try:
+            values = parse_json(line, where)
+        except UserError as error:
+            table.failed[where] = str(error).removeprefix(f"{where} ")
+            continue
+        if table.is_final and isinstance(values, dict) and values and values.keys() <= {*OF_ALL_SONGS}:
+            problems: list[str] = []
+            table.defaults |= _convert_defaults(values, where, problems)
+            if problems:
+                table.failed[where] = "; ".join(problems).removeprefix(f"{where}: ")
+        else:
+            table.entries.append(_entry(values, where))
     table.unused = [] if table.is_final else _unused(table.entries)
     return table
 
@@ -176,27 +195,51 @@ def _read_csv(path: Path, text: str) -> Table:
         text, above = rest, 1
         head = text.partition("\n")[0]
     delimiter = chosen[1] if chosen else max(",;\t", key=head.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        names = [name.strip().lower() for name in next(rows, [])]
-        table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])
-        if not {_BY_NAME.get(name) for name in names} & {"file", "title"}:
-            raise UserError(
-                f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
-                f"location or title; it begins with {head.strip()[:80]!r}"
-            )
-        line = above + rows.line_num + 1
-        for row in rows:
-            where = f"{path} line {line}"
-            line = above + rows.line_num + 1
-            if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
-                count = f"it has {len(row)} values for {len(names)} columns"
-                table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
-            elif any(cell.strip() for cell in row):
-                table.entries.append(_entry(dict(zip(names, row, strict=False)), where))
-    except csv.Error as error:
-        raise UserError(f"{path} line {above + rows.line_num} cannot be read as CSV: {error}") from error
+    rows = _split_rows(path, text, delimiter, above)
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    table = Table(path, [], unused=[name for name in names if name and name not in _BY_NAME])
+    if not {_BY_NAME.get(name) for name in names} & {"file", "title"}:
+        raise UserError(
+            f"{path} must begin with a line of column names, one of which says which song: file_name, file, path, "
+            f"location or title; it begins with {head.strip()[:80]!r}"
+        )
+    for line, row in rows[1:]:
+        where = f"{path} line {line}"
+        if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
+            count = f"it has {len(row)} values for {len(names)} columns"
+            table.failed[where] = f'{count}; a value with {delimiter!r} in it is written in quotes: "a, b"'
+        elif any(cell.strip() for cell in row):
+            cells = zip(reversed(names[: len(row)]), reversed(row[: len(names)]), strict=True)  # the first one counts
+            table.entries.append(_entry({name: cell for name, cell in cells if cell.strip()}, where))
     return table
+
+
+def _split_rows(path: Path, text: str, delimiter: str, above: int) -> list[tuple[int, list[str]]]:
+    """Split a table into rows, each with the number of its line.
+
+    DJ programs separate by tabs and write quotes as they are: a title may begin with one that nothing ends. Where
+    quotes cannot stand around values, or would keep a tab in one, they are part of the text.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if delimiter == "\t":
+        with contextlib.suppress(csv.Error):
+            rows = _numbered(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True), above)
+            if not any("\t" in cell for _, row in rows for cell in row):
+                return rows
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        return _numbered(reader, above)
+    except csv.Error as error:
+        raise UserError(f"{path} line {above + reader.line_num} cannot be read as CSV: {error}") from error
+
+
+def _numbered(reader: Any, above: int) -> list[tuple[int, list[str]]]:
+    rows = []
+    line = above + 1
+    for row in reader:
+        rows.append((line, row))
+        line = above + reader.line_num + 1
+    return rows
 
 
 def _unused(entries: list[Entry]) -> list[str]:

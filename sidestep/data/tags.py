@@ -10,9 +10,10 @@ NAMES = {
     "caption": ("TIT2", "title", "\xa9nam"),
     "genre": ("TCON", "genre", "\xa9gen"),
     "bpm": ("TBPM", "bpm", "tempo", "tmpo", "----:com.apple.iTunes:BPM"),
-    "keyscale": ("TKEY", "initialkey", "initial_key", "key", "----:com.apple.iTunes:initialkey"),
+    "keyscale": ("TKEY", "TXXX:initialkey", "TXXX:INITIALKEY", "initialkey", "initial_key", "key",
+                 "----:com.apple.iTunes:initialkey"),
     "lyrics": ("USLT", "syncedlyrics", "lyrics", "unsyncedlyrics", "\xa9lyr"),
-}
+}  # fmt: skip
 """Key of a song -> what the kinds of tags call it, the first that is there counts. A title stands for a caption."""
 
 
@@ -41,9 +42,9 @@ def read_tags(path: Path) -> dict[str, Any]:
     tags = file.tags
     values: dict[str, Any] = {}
     for key, names in NAMES.items():
-        found = (_first(tags, name) for name in names)
-        if text := next((text for text in found if text), ""):
-            values[key] = text
+        found = (_texts(tags, name) for name in names)
+        if texts := next((texts for texts in found if texts), []):
+            values[key] = ", ".join(texts) if key == "genre" else texts[0]
     synced = [frame for frame in getattr(tags, "getall", lambda name: [])("SYLT") if frame.format == 2]  # ms
     if synced and (lines := _synced_lines(synced[0].text)):
         values["sections"] = lines
@@ -68,24 +69,22 @@ def _synced_lines(pieces: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
     return [{"start": time / 1000, "lyrics": line.strip()} for line, time in lines if line.strip() and time >= 0]
 
 
-def _first(tags: Any, name: str) -> str:
-    """The first value of a tag as text."""
+def _texts(tags: Any, name: str) -> list[str]:
+    """The values of a tag that are not empty."""
     if hasattr(tags, "getall"):  # ID3, where a name may come several times: USLT for each language
-        frames = tags.getall(name) if len(name) == 4 and name.isupper() else []
-        texts = [text for frame in frames for text in _texts(frame)]
+        frames = tags.getall(name) if name[:4].isupper() and name[4:5] in ("", ":") else []
+        values = [value for frame in frames for value in _of_frame(frame)]
     else:
         try:
             value = tags.get(name) or []
         except (KeyError, ValueError):  # a name that this kind of tag cannot have
-            return ""
-        texts = value if isinstance(value, list) else [value]
-    if not texts:
-        return ""
-    first = texts[0]
-    return (first.decode("utf-8", "replace") if isinstance(first, bytes) else str(first)).strip("\0 \n")
+            return []
+        values = value if isinstance(value, list) else [value]
+    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+    return [text for text in (text.strip("\0 \n") for text in texts) if text]
 
 
-def _texts(frame: Any) -> list[Any]:
+def _of_frame(frame: Any) -> list[Any]:
     if frame.FrameID == "TCON":
         return list(frame.genres)  # old programs number genres: (17) is Rock
     return [frame.text] if isinstance(frame.text, str) else list(frame.text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.data.lyrics import TimedLine, parse_lrc, parse_sections, untimed
+from sidestep.data.lyrics import TimedLine, parse_lrc, parse_sections, untimed, without_tags
 
 ESTIMATED = ("caption", "lyrics", "bpm", "keyscale")
 TAG_POSITIONS = ("prepend", "append", "replace")
@@ -25,6 +25,10 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 _NOTES = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _KEY = re.compile(r"([A-G])[\s-]*(#|b|♯|♭|sharp|flat)?[\s-]*(major|minor|maj|min|m)?", re.IGNORECASE)
+_TWICE = re.compile(r"([^()]+)\(([^()]+)\)")
+"""A key in two spellings, as Mixxx writes it: 8A (Am)."""
+_WHOLE = re.compile(r"(?<=\d)\.0+$")
+"""What pandas puts behind whole numbers in a column that has gaps."""
 _SIGNS = {"♯": "#", "sharp": "#", "♭": "b", "flat": "b"}
 _WHEEL = re.compile(r"0?([1-9]|1[0-2])([ABdm])", re.IGNORECASE)
 _MAJOR_OF_WHEEL = ("B", "F#", "Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E")
@@ -107,8 +111,10 @@ def merge(
             problems.setdefault(name, []).extend(messages)
     if timed := given.pop("sections", None) or (parse_lrc(given["lyrics"]) if "lyrics" in given else None):
         given["timed_lyrics"], given["lyrics"] = timed, untimed(timed)
-    elif given.get("lyrics", song.lyrics) != song.lyrics:
-        given["timed_lyrics"] = []  # other words than those whose times were known
+    elif "lyrics" in given:
+        given["lyrics"] = without_tags(given["lyrics"])
+        if given["lyrics"] != song.lyrics:
+            given["timed_lyrics"] = []  # other words than those whose times were known
     if given.get("lyrics") and "is_instrumental" not in given:
         song.is_instrumental = False  # lyrics beside the song win over a mark further away
     if "caption" in given:
@@ -121,9 +127,11 @@ def merge(
 
 
 def is_missing(key: str, value: Any) -> bool:
-    """Say whether a value is none: programs that did not measure a tempo write 0, and some a dash."""
+    """Say whether a value is none: programs write 0 for a tempo they did not measure, dashes, and LRC of tags alone."""
     text = "" if value is None else str(value).strip()
-    return text in ("", "N/A", "-") or (key == "bpm" and re.fullmatch(r"0+([.,]0*)?", text) is not None)
+    if key == "bpm" and re.fullmatch(r"0+([.,]0*)?", text):
+        return True
+    return text in ("", "N/A", "-") or (key == "lyrics" and not without_tags(text))
 
 
 def convert(
@@ -139,9 +147,12 @@ def convert(
 def spell_key(text: str) -> str:
     """Spell a key of music as ACE-Step does, however it is written, also on a DJ's wheel; anything else stays.
 
-    >>> spell_key("F#m"), spell_key("A-flat Major"), spell_key("8A"), spell_key("1d")
-    ('F# minor', 'Ab major', 'A minor', 'C major')
+    >>> spell_key("F#m"), spell_key("A-flat Major"), spell_key("8A"), spell_key("1d"), spell_key("8A (Am)")
+    ('F# minor', 'Ab major', 'A minor', 'C major', 'A minor')
     """
+    if twice := _TWICE.fullmatch(text.strip()):
+        one, other = (spell_key(spelling.strip()) for spelling in twice.groups())
+        return one if one == other else text
     if key := _KEY.fullmatch(text.strip()):
         sign = (key[2] or "").lower()
         is_minor = key[3] is not None and not key[3].lower().startswith("maj") and key[3] != "M"
@@ -203,7 +214,7 @@ def _timesignature(value: Any) -> str:
 def _bool(value: Any) -> bool:
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     try:
-        return words[str(value).strip().lower()]
+        return words[_WHOLE.sub("", str(value).strip().lower())]
     except KeyError:
         raise ValueError("true or false") from None
 
@@ -215,7 +226,7 @@ def _percentage(value: Any) -> int:
 
 
 def _repeat(value: Any) -> int:
-    text = str(value).strip()
+    text = _WHOLE.sub("", str(value).strip())
     if isinstance(value, bool) or not re.fullmatch(r"[1-9]\d{0,5}", text, re.ASCII):
         raise ValueError("a whole number of at least 1")
     return int(text)
