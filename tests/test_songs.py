@@ -390,6 +390,21 @@ def test_an_entry_that_cannot_be_used_is_named_and_the_others_are_used(folder, t
     assert reason in listing.failed[f"{root / 'dataset.json'} entry 2"]
 
 
+@pytest.mark.parametrize("name", ["x.caption.txt", "x.lyrics.txt", "x.lrc"])
+def test_words_on_a_disk_that_is_not_there_are_missed(folder, name):
+    root = folder({"x.wav": ""})
+    (root / name).symlink_to(root / "unmounted" / name)
+    assert f"{name} leads to no file" in read_songs(root).failed["x.wav"]
+
+
+@pytest.mark.parametrize("name", ["songs.jsonl", "dataset.json", "metadata.csv"])
+def test_a_table_on_a_disk_that_is_not_there_is_missed(folder, name):
+    root = folder({"x.wav": ""})
+    (root / name).symlink_to(root / "unmounted" / name)
+    with pytest.raises(UserError, match=f"{name} leads to no file, and words would be missing"):
+        read_songs(root)
+
+
 def test_names_of_any_length_are_no_fault(folder):
     longest = "x" * 251 + ".wav"
     listing = read_songs(folder({longest: "", "dataset.json": [{"filename": "y" * 5_000}, {"filename": longest}]}))

@@ -119,6 +119,12 @@ def test_values_in_quotes_between_tabs_may_take_several_lines(folder, tmp_path):
     assert [songs[name].caption for name in ("One Love.wav", "live/three.mp3")] == ['say "hey"\ntwice', "x"]
 
 
+def test_a_quote_that_nothing_ends_swallows_no_songs(folder):
+    root = folder({"metadata.csv": 'file_name,text\nOne Love.wav,x\nlive/three.mp3,"warm jazz\nfour.wav,techno\n'})
+    with pytest.raises(UserError, match=r'metadata\.csv line 3 has a " that nothing ends'):
+        read_songs(root)
+
+
 def test_a_second_column_of_one_name_erases_nothing(folder, tmp_path):
     (tmp_path / "t.csv").write_text("File,Key,Key\nOne Love.wav,8A,\nlive/three.mp3,,9A\n")
     songs = words(folder(), metadata_file=tmp_path / "t.csv")

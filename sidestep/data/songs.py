@@ -235,7 +235,17 @@ def _find_tables(audio_dir: Path, songs: Sequence[Song]) -> list[Path]:
     wanted = [audio_dir / name for name in FOUND]
     wanted[-1:-1] = [path for path in below if path not in wanted]
     own = {song.path.with_suffix(".json") for song in songs}
-    return [path for path in wanted if path.is_file() and not (path in own and _is_sidecar(path))]
+    tables = [path for path in wanted if os.path.lexists(path)]
+    for path in tables:
+        _refuse_no_file(path)
+    return [path for path in tables if not (path in own and _is_sidecar(path))]
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Refuse what has the name of a file of words and is none, such as a link to a disk that is not there."""
+    if not path.is_file():
+        what = "leads to no file" if path.is_symlink() else "is no file"
+        raise UserError(f"{path} {what}, and words would be missing without it; mend it, or delete it")
 
 
 def _is_sidecar(path: Path) -> bool:
@@ -394,8 +404,9 @@ def _read_sidecars(
         folder, stem = song.path.parent, song.path.stem
         names = [name for name in beside(folder).get((stem + suffix).lower(), []) if name.startswith(stem)]
         path = folder / (names[0] if names else stem + suffix)
-        if names and path.is_file() and path not in tables:
+        if names and path not in tables:
             try:
+                _refuse_no_file(path)
                 found.append((parse(path), path, lines if suffix == ".txt" else {}))
             except UserError as error:
                 problems.setdefault("files", []).append(str(error))

@@ -227,10 +227,23 @@ def _split_rows(path: Path, text: str, delimiter: str, above: int) -> list[tuple
             if not any("\t" in cell for _, row in rows for cell in row):
                 return rows
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        _refuse_open_quote(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), above)
     try:
         return _numbered(reader, above)
     except csv.Error as error:
         raise UserError(f"{path} line {above + reader.line_num} cannot be read as CSV: {error}") from error
+
+
+def _refuse_open_quote(path: Path, reader: Any, above: int) -> None:
+    """Refuse a table with a quote that nothing ends: all songs below it would be part of one value."""
+    line = above + 1
+    try:
+        for _ in reader:
+            line = above + reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise UserError(f'{path} line {line} has a " that nothing ends; write another one behind it') from error
 
 
 def _numbered(reader: Any, above: int) -> list[tuple[int, list[str]]]:
