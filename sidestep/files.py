@@ -127,8 +127,9 @@ def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
 
     Args:
         folder: where to look.
-        alone: nobody else may be writing there (see :func:`alone_in`), so that what processes of other machines left
-            can go too; they cannot be asked whether they live.
+        alone: nobody else may be writing there (see :func:`alone_in`), so that whatever lies there was left behind:
+            by processes of other machines, which cannot be asked whether they live, and by one that was killed and
+            whose number another process has now.
     """
     import psutil
 
@@ -139,7 +140,7 @@ def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
         process = int(left["process"])
         # in a container a new process often gets the number of the one that was killed
         dead = process == os.getpid() or not psutil.pid_exists(process)
-        if dead if left["host"] == _HOST else alone:
+        if alone or (dead and left["host"] == _HOST):
             target = folder / left["name"]
             if left["kind"] == "replaced" and not target.exists():
                 os.replace(path, target)  # killed between taking the old folder away and putting the new one there

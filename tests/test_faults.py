@@ -419,6 +419,16 @@ def test_whoever_has_a_folder_for_itself_puts_right_what_a_kill_on_another_machi
     assert names_in(tmp_path) == ["epoch_2"]
 
 
+def test_what_a_killed_process_left_is_put_right_though_another_has_its_number_now(tmp_path):
+    """As in a container, where numbers are few, or after a restart of the machine."""
+    (tmp_path / f".best.replaced-{_HOST}-{os.getppid()}").mkdir()
+    (tmp_path / f".final.partial-{_HOST}-{os.getppid()}").mkdir()
+    remove_abandoned(tmp_path)
+    assert len(names_in(tmp_path)) == 2
+    remove_abandoned(tmp_path, alone=True)
+    assert names_in(tmp_path) == ["best"]
+
+
 @pytest.mark.parametrize(
     "content",
     [

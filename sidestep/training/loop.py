@@ -103,7 +103,7 @@ def _train(run: Run, kept: KeptWeights | None) -> float:
     device = accelerator.device if accelerator.device.type != "cpu" else torch.device("cpu")  # without an index
     with accelerator.main_process_first():  # it may set later checkpoints aside
         if accelerator.is_main_process:
-            for folder in (run.output_dir, run.output_dir / "checkpoints"):
+            for folder in (run.output_dir, run.output_dir / "checkpoints", run.output_dir / "previews"):
                 remove_abandoned(folder, alone=True)  # and bring back what a kill left without its name
         start = run.find_start()
     if accelerator.num_processes > 1:
