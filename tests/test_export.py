@@ -423,6 +423,40 @@ def test_a_folder_with_other_things_in_it_is_not_written_over(adapters, toy, tmp
     assert not (tmp_path / "again/adapter_config.json").exists()
 
 
+def test_an_export_is_written_over_an_earlier_one_of_the_same_adapter_alone(adapters, toy, tmp_path):
+    result = run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
+    with pytest.raises(UserError, match=r"exported holds the export of another adapter \(it holds .*; choose another"):
+        run_export(adapters["loha"], toy.root, tmp_path, "format=comfyui")
+    downloaded = tmp_path / "exported/downloaded.safetensors"
+    downloaded.write_bytes(b"another's")
+    with pytest.raises(UserError, match=r"holds downloaded\.safetensors, which export did not write; move it"):
+        run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
+    assert sorted(entry.name for entry in result.parent.iterdir()) == [
+        "downloaded.safetensors",
+        "export.json",
+        result.name,
+    ]
+    downloaded.unlink()
+    assert run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui") == result
+    for damaged in ("{", "[1]", '{"origin": 5, "files": [[]]}'):
+        (tmp_path / "exported/export.json").write_text(damaged, encoding="utf-8")
+        with pytest.raises(UserError, match="is not an exported adapter"):
+            run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
+
+
+def test_what_is_put_into_the_folder_while_an_export_runs_is_not_lost(adapters, toy, tmp_path, monkeypatch):
+    run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
+
+    def write(path, *_):
+        (tmp_path / "exported/new.safetensors").write_bytes(b"another's")
+        return path
+
+    monkeypatch.setattr("sidestep.exporting.export.write_comfyui_lycoris", write)
+    with pytest.raises(UserError, match=r"holds new\.safetensors, which export did not write"):
+        run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
+    assert (tmp_path / "exported/new.safetensors").exists()
+
+
 def test_a_place_that_cannot_be_written_gives_one_line(adapters, toy, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write .*type output_dir=") as caught:

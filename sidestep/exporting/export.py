@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import statistics
@@ -9,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,6 +39,7 @@ from sidestep.exporting.base_weights import BaseWeights, base_if_there, base_of,
 from sidestep.exporting.measure import output_error
 from sidestep.exporting.merged import write_merged
 from sidestep.files import describe, replacing_folder, write_text
+from sidestep.records import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +112,8 @@ def export(config: ExportConfig) -> Path:
     device = resolve_device(config.device)
     saved = read_adapter(Path(config.adapter_dir))
     output_dir = _output_dir(config)
+    origin = _origin_of(saved)
+    _check_replaceable(output_dir, origin)
     report = ExportReport(format=config.format.value, family=saved.family, scale=config.scale)
     base = _base(saved, config, output_dir)
     try:
@@ -123,7 +128,10 @@ def export(config: ExportConfig) -> Path:
             else:
                 factors = _lora_of(saved, base, config, device, report)
                 result = _write_lora(folder, factors, saved, config, report)
-            write_text(folder / EXPORT_RECORD, json.dumps(asdict(report), indent=2) + "\n")
+            files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            record = {**asdict(report), "origin": origin, "files": files}
+            write_text(folder / EXPORT_RECORD, json.dumps(record, indent=2) + "\n")
+            _check_replaceable(output_dir, origin)  # again, since converting may have taken minutes
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output_dir}: {one_line(error)}; type output_dir=<another folder>") from error
     for line in report.lines():
@@ -260,13 +268,45 @@ def _output_dir(config: ExportConfig) -> Path:
     for name, read in (("adapter_dir", source), ("checkpoint_dir", Path(config.checkpoint_dir))):
         if folder.resolve() in (read.resolve(), *read.resolve().parents):
             raise UserError(f"output_dir={folder} holds {name}={read}; choose another")
-    if (
-        folder.exists()
-        and not (folder / EXPORT_RECORD).is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise UserError(f"output_dir={folder} is not an exported adapter ({describe(folder)}); choose another")
     return folder
+
+
+def _origin_of(saved: SavedAdapter) -> str:
+    """Sixteen hex digits that tell an adapter's place from others without naming it."""
+    return hashlib.sha256(str(saved.path.resolve()).encode()).hexdigest()[:16]
+
+
+def _check_replaceable(folder: Path, origin: str) -> None:
+    """Refuse to write over anything but an earlier export of the same adapter.
+
+    Raises:
+        UserError: naming what lies there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    written = _written_before(folder)
+    if written is None:
+        raise UserError(f"output_dir={folder} is not an exported adapter ({describe(folder)}); choose another")
+    if written["origin"] != origin:
+        raise UserError(f"output_dir={folder} holds the export of another adapter ({describe(folder)}); choose another")
+    ours = {EXPORT_RECORD, *written["files"]}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in ours and (path.is_symlink() or not path.is_dir()):
+            raise UserError(f"output_dir={folder} holds {name}, which export did not write; move it, or choose another")
+
+
+def _written_before(folder: Path) -> dict[str, Any] | None:
+    """The record of an earlier export, if there is one that says what it wrote."""
+    path = folder / EXPORT_RECORD
+    try:
+        record = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return None
+    names = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return {"origin": record.get("origin"), "files": names}
 
 
 def _file_name(config: ExportConfig) -> str:
