@@ -27,6 +27,7 @@ _KINDS: dict[str, Any] = {
     "process": int,
     "job": str,
     "went_back_to": str,
+    "went_back_hash": str,
     "run_id": str,
     "stopped_early": bool,
     "memory_gib": int | float,

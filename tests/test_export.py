@@ -256,7 +256,7 @@ def test_a_conversion_works_without_the_checkpoint_and_says_what_is_not_measured
     assert record(result)["output_error"] is None
     assert "the error in the model's output is not measured: no acestep-v15-base/" in caplog.text
     with pytest.raises(UserError, match="no acestep-v15-base/"):
-        run_export(adapters["dora"], tmp_path / "nowhere", tmp_path, "format=lora")
+        run_export(adapters["dora"], tmp_path / "nowhere", tmp_path, "format=lora", f"output_dir={tmp_path / 'dora'}")
 
 
 def test_the_output_says_where_it_came_from_and_names_no_place(adapters, toy, tmp_path, caplog):

@@ -347,6 +347,27 @@ def test_a_run_whose_checkpoints_are_gone_or_out_of_reach_does_not_begin_anew(tm
     assert read_manifest(checkpoints / "epoch_2")["step"] == 8
 
 
+def test_a_damaged_checkpoint_on_another_disk_is_set_aside_there(tmp_path, checkpoint_dir, dataset_dir, monkeypatch):
+    places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={dataset_dir}", "adapter.rank=1", "save_every_epochs=1")
+    disk, run, replace = tmp_path / "disk", tmp_path / "run", os.replace
+    for folder in (disk, run):
+        folder.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+
+    def replace_on_one_disk(old, new):
+        if Path(old).resolve().is_relative_to(disk) != Path(new).resolve().is_relative_to(disk):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(old))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", replace_on_one_disk)
+    run_training(run, *places, "max_epochs=2")
+    (disk / "epoch_2/training_state.pt").write_bytes(b"damaged")
+    run_training(run, *places, "max_epochs=3")
+    assert read_manifest(disk / "epoch_3")["step"] == 12
+    (aside,) = (disk / "set_aside").glob("*/epoch_2")
+    assert (aside / "training_state.pt").read_bytes() == b"damaged"
+
+
 def test_a_run_taken_to_another_runs_checkpoint_goes_there_again_until_it_saves_its_own(
     tmp_path, checkpoint_dir, dataset_dir
 ):

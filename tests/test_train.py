@@ -95,6 +95,24 @@ def test_resume_from_goes_back_to_an_earlier_checkpoint_once(tmp_path, places, p
     assert "epoch_2 at step 8" in caplog.text
 
 
+@pytest.mark.parametrize("typed", ["checkpoints/epoch_1", "checkpoints/epoch_1/training_state.pt"])
+def test_a_run_that_was_moved_does_not_go_back_a_second_time(tmp_path, places, caplog, typed):
+    settings = ("adapter=lora", *places, "save_every_epochs=1", "max_epochs=2")
+    run_training(tmp_path / "run", *settings)
+    run_training(tmp_path / "run", *settings, f"resume_from={tmp_path / 'run/checkpoints/epoch_1'}")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    before = sorted(moved.rglob("*"))
+
+    caplog.clear()
+    run_training(moved, *settings, f"resume_from={moved / typed}")
+    assert "is finished at step 8" in caplog.text
+    shutil.rmtree(moved / "checkpoints/epoch_1")  # as rotation would
+    caplog.clear()
+    run_training(moved, *settings, f"resume_from={moved / typed}")
+    assert "is finished at step 8" in caplog.text
+    assert sorted(moved.rglob("*")) == [path for path in before if "checkpoints/epoch_1" not in str(path)]
+
+
 @pytest.mark.parametrize("change", ["max_epochs=2", "optim.lr=0.5"])
 def test_a_refused_resume_from_moves_nothing(tmp_path, places, change):
     settings = ("adapter=lora", *places, "save_every_epochs=1")

@@ -10,6 +10,7 @@ outputs/<name>/<run>/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -55,6 +56,7 @@ from sidestep.training.state import (
     checkpoint_folder,
     checkpoint_folders,
     checkpoints_by_step,
+    fingerprint_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     remove_old_checkpoints,
@@ -283,11 +285,12 @@ class Run:
             )
         log.info("continuing from %s at step %d", folder, state.step)
         self.record.resumed_from = str(folder)
-        if config.resume_from is not None:
-            self.record.went_back_to = str(Path(config.resume_from).resolve())
+        is_own = folder.resolve().parent == (self.output_dir / "checkpoints").resolve()
+        if config.resume_from is not None and not self.went_back_to(config.resume_from):
+            self.record.went_back_to = str(Path("checkpoints", folder.name) if is_own else folder.resolve())
+            self.record.went_back_hash = fingerprint_checkpoint(folder)
         if self.process == 0:
             # not before the checkpoint was found to fit; what is refused later costs nothing that was moved
-            is_own = folder.resolve().parent == (self.output_dir / "checkpoints").resolve()
             self._set_aside_after(state.step if is_own else 0, goes_back=goes_back)
             if goes_back:
                 self.record.run_id = _new_id()  # a service that was told of later steps takes no earlier ones
@@ -308,8 +311,16 @@ class Run:
             )
 
     def went_back_to(self, path: str) -> bool:
-        """Whether a resume_from was what this run was taken to before; it may be gone since, as rotation removes it."""
-        return str(Path(path).resolve()) == self.record.went_back_to
+        """Whether a resume_from was what this run was taken to before.
+
+        By what the checkpoint holds, since the project may have been moved; and by its place, since rotation may have
+        removed it.
+        """
+        record, typed = self.record, Path(path).resolve()
+        if record.went_back_hash and record.went_back_hash == fingerprint_checkpoint(typed):
+            return True
+        place = (self.output_dir / record.went_back_to).resolve()
+        return record.went_back_to != "" and place in (typed, typed.parent)  # a folder, or a file in it
 
     def read_initial(self) -> SavedAdapter | None:
         """Read the adapter that a new run starts from, if one is named.
@@ -536,12 +547,24 @@ class Run:
         self._set_aside(later)
 
     def _set_aside(self, folders: Sequence[Path]) -> None:
-        aside = self.output_dir / _ASIDE / now().replace(":", "")
+        """Move folders of this run out of the way; where theirs is a link to another disk, to a place on that disk."""
+        when = now().replace(":", "")
         for folder in folders:
-            target = aside / "previews" if folder.parent.name == "previews" else aside
-            target.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, target / folder.name)
+            target = self.output_dir / _ASIDE / when
+            target = target / "previews" if folder.parent.name == "previews" else target
+            try:
+                _move(folder, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                target = folder.parent / _ASIDE / when  # no copy: they may lie there because there is no room here
+                _move(folder, target)
             log.info("moved %s to %s", folder, target)
+
+
+def _move(folder: Path, into: Path) -> None:
+    into.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, into / folder.name)
 
 
 def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> Run:
@@ -609,6 +632,7 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         memory_gib=float(previous.get("memory_gib", 0.0)),
         train_seconds=float(previous.get("train_seconds", 0.0)),
         went_back_to=str(previous.get("went_back_to", "")),
+        went_back_hash=str(previous.get("went_back_hash", "")),
         run_id=str(previous.get("run_id") or _new_id()),
     )
     run = Run(

@@ -183,6 +183,14 @@ def checkpoint_folder(path: Path) -> Path:
     return folder
 
 
+def fingerprint_checkpoint(path: Path) -> str:
+    """Hash what the checkpoint that ``resume_from`` means holds; 64 hex digits, none if no manifest can be read."""
+    try:
+        return _hash(read_manifest(path.parent if path.is_file() else path))
+    except (UserError, OSError):
+        return ""
+
+
 def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     """Refuse to continue from a checkpoint that was trained with other settings.
 

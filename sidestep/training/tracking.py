@@ -136,7 +136,9 @@ class RunRecord:
     error: str = ""
     resumed_from: str = ""
     went_back_to: str = ""
-    """The path, resolved, of the checkpoint that resume_from took this run to, its own or of another run."""
+    """The checkpoint that resume_from took this run to: ``checkpoints/epoch_N`` of its own, or a whole path."""
+    went_back_hash: str = ""
+    """Of what that checkpoint held; it is known by it after the folder was moved."""
     run_id: str = ""
     """What a tracking service knows this run by, drawn when it began."""
     final: dict[str, str] = field(default_factory=dict)
