@@ -144,7 +144,7 @@ def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
             target = folder / left["name"]
             if left["kind"] == "replaced" and not target.exists():
                 os.replace(path, target)  # killed between taking the old folder away and putting the new one there
-            elif path.is_dir():
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
@@ -154,13 +154,16 @@ def remove_abandoned(folder: Path, *, alone: bool = False) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside ``folder``; once the block ends without an error, it becomes ``folder``.
 
+    Where that is a link, the folder that it points at is replaced.
+
     Raises:
         UserError: if something else than a folder has its name.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    typed, folder = folder, Path(os.path.realpath(folder)) if folder.is_symlink() else folder
     remove_abandoned(folder.parent)
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder} is no folder, and one is to be written there; move it away")
+    if os.path.lexists(typed) and not folder.is_dir():
+        raise UserError(f"{typed} is no folder, and one is to be written there; move it away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = hidden_name(folder, "partial")
     partial.mkdir()
     try:

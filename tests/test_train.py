@@ -320,6 +320,28 @@ def test_a_damaged_record_of_a_run_does_not_keep_it_from_going_on(tmp_path, plac
     assert steps == list(range(1, 9))
 
 
+@pytest.mark.parametrize("content", ['{"status": "finis', "[]", None], ids=["cut short", "other", "a dead link"])
+def test_a_run_of_which_neither_record_nor_checkpoints_can_be_read_is_not_begun_anew(tmp_path, places, content):
+    path = tmp_path / "run/run.json"
+    path.parent.mkdir()
+    if content is None:
+        path.symlink_to("gone")
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"run\.json cannot be read, and .*checkpoints holds no checkpoint to go by"):
+        run_training(path.parent, *places, "max_epochs=1")
+    assert {entry.name for entry in path.parent.iterdir()} <= {"run.json", ".lock"}
+
+
+def test_steps_that_are_trained_again_since_their_checkpoints_are_gone_are_told(tmp_path, places, caplog):
+    settings = (*places, "save_every_epochs=1", "max_epochs=2")
+    run_training(tmp_path / "run", *settings)
+    assert "trained again" not in caplog.text
+    shutil.rmtree(tmp_path / "run/checkpoints/epoch_2")
+    run_training(tmp_path / "run", *settings, "shift=2")
+    assert "was saved at step 8, and no checkpoint of that is whole; the steps after 4 are trained again" in caplog.text
+
+
 def test_checkpoints_come_when_due_though_a_step_ends_several_epochs(tmp_path, checkpoint_dir):
     data = write_dataset(tmp_path / "data", checkpoint_dir, lengths=[50, 50])
     places = (f"checkpoint_dir={checkpoint_dir}", f"dataset_dir={data}", "vram_profile.gradient_accumulation_steps=5")

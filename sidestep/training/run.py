@@ -264,6 +264,13 @@ class Run:
             state = load_checkpoint(folder)
         if newest is None and (config.resume_from is None or self.went_back_to(config.resume_from)):
             self._check_is_new(0 if state is None else state.step)
+        if not goes_back and state is not None and self.saved_step > state.step:
+            log.warning(
+                "by run.json the run was saved at step %d, and no checkpoint of that is whole; the steps after %d are "
+                "trained again",
+                self.saved_step,
+                state.step,
+            )
         if folder is None or state is None:
             return None
         check_same_settings(state.settings, self.record.settings, folder)
@@ -661,6 +668,11 @@ def open_run(config: TrainConfig, output_dir: Path, choices: dict[str, str]) -> 
         raise UserError(f"resume=never, but {before[-1]} exists; give this run another name=..., or leave resume out")
     _check_same_split(run, previous)
     _note_ranks_of_held_out_songs(run)
+    if not previous and os.path.lexists(record.path) and not checkpoint_folders(output_dir):
+        raise UserError(
+            f"{record.path} cannot be read, and {output_dir / 'checkpoints'} holds no checkpoint to go by; bring them "
+            f"back, or move {output_dir} away to begin anew, or give this run another name=..."
+        )
     run.finished_loss = _finished_loss(run, previous)
     return run
 
