@@ -574,7 +574,7 @@ def test_a_dataset_is_not_written_over_a_persons_own_songs_jsonl(config, songs, 
     (elsewhere / "songs.jsonl").symlink_to(own)
     for changed, message in [
         ({"dataset_dir": str(songs)}, "is audio_dir, the folder of the songs"),
-        ({"dataset_dir": str(songs), "audio_dir": str(songs / "a")}, r"holds a songs\.jsonl and no dataset_info\.json"),
+        ({"dataset_dir": str(songs), "audio_dir": str(songs / "a")}, r"holds a songs\.jsonl that preprocessing did"),
         ({"dataset_dir": str(elsewhere), "metadata_file": str(own)}, "would be written over metadata_file="),
     ]:
         with pytest.raises(UserError, match=message):
@@ -582,6 +582,31 @@ def test_a_dataset_is_not_written_over_a_persons_own_songs_jsonl(config, songs, 
     assert own.read_bytes() == before
     assert loads == []
     assert not (songs / "latents").exists()
+
+
+@pytest.mark.parametrize("content", ['{"my_ds": {"file_name": "x.json"}}', "[]", "{", None])
+def test_a_dataset_is_not_written_over_another_programs_dataset_info(config, songs, loads, content):
+    info = Path(config.dataset_dir) / "dataset_info.json"
+    info.parent.mkdir()
+    if content is None:
+        info.symlink_to("gone")
+    else:
+        words(info, content)
+    with pytest.raises(UserError, match=r"holds a dataset_info\.json that preprocessing did not write"):
+        preprocess(config)
+    assert loads == []
+    assert [path.name for path in info.parent.iterdir()] == [info.name]
+
+
+def test_a_dataset_whose_description_is_damaged_is_described_again(config, songs):
+    preprocess(config)
+    info = Path(config.dataset_dir) / "dataset_info.json"
+    before = info.read_bytes()
+    info.write_bytes(before[:-20])
+    (info.parent / ".songs.jsonl.partial-othernode-7").touch()
+    preprocess(config)
+    assert info.read_bytes() == before
+    assert list(info.parent.glob(".*.partial-*")) == []
 
 
 def test_a_dataset_whose_description_a_kill_kept_from_being_written_is_completed(config, songs):

@@ -43,6 +43,7 @@ from sidestep.data.manifest import (
     SONGS,
     DatasetInfo,
     SongRecord,
+    describes_dataset,
     names_stored_songs,
     parse_cuts,
     read_manifest,
@@ -242,7 +243,7 @@ def _update(
     """
     folder = Path(config.dataset_dir)
     for part in (folder, folder / LATENTS, folder / CONDITIONS):
-        remove_abandoned(part)
+        remove_abandoned(part, alone=config.shard is None)
     before = _read_before(folder)
     was_for = before[0].model_variant if before is not None else None
     summary = PreprocessSummary(
@@ -702,7 +703,7 @@ def _unused_files(folder: Path, used: set[Path]) -> int:
 
 
 def _check_is_no_folder_of_songs(folder: Path, config: PreprocessConfig) -> None:
-    """Refuse to write a dataset where people keep their songs: its songs.jsonl would take the place of theirs.
+    """Refuse to write a dataset where people or other programs keep files of the same names.
 
     Raises:
         UserError: naming the folder.
@@ -713,12 +714,11 @@ def _check_is_no_folder_of_songs(folder: Path, config: PreprocessConfig) -> None
     table = folder / SONGS
     if config.metadata_file is not None and table.resolve() == Path(config.metadata_file).resolve():
         raise UserError(f"dataset_dir={folder} would be written over metadata_file={config.metadata_file}; {another}")
-    # a kill may have left a dataset's songs.jsonl without what describes it
-    if os.path.lexists(table) and not (folder / INFO).exists() and not names_stored_songs(table):
-        raise UserError(
-            f"dataset_dir={folder} holds a {SONGS} and no {INFO}, so it is no dataset; {another}, "
-            f"or move {table} away if nobody needs it"
-        )
+    others = [name for name in (INFO, SONGS) if os.path.lexists(folder / name)]
+    # one of the two is enough: a kill may have kept the other from being written, and a disk damaged it
+    if others and not describes_dataset(folder / INFO) and not names_stored_songs(table):
+        found = " and a ".join(others)
+        raise UserError(f"dataset_dir={folder} holds a {found} that preprocessing did not write; {another}, or move it")
 
 
 def _make_folders(folder: Path) -> None:

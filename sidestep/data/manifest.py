@@ -218,6 +218,14 @@ def names_stored_songs(path: Path) -> bool:
         return False
 
 
+def describes_dataset(path: Path) -> bool:
+    """Whether a ``dataset_info.json`` is a dataset's own; other programs keep theirs under the same name."""
+    try:
+        return path.is_file() and isinstance(_parse(DatasetInfo, "".join(_lines(path)), str(path)), DatasetInfo)
+    except UserError:
+        return False
+
+
 def parse_cuts(text: str) -> dict[str, int]:
     """Read what the header of a conditions file says about words that were too many: text -> tokens cut off.
 
