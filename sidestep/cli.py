@@ -46,7 +46,7 @@ from sidestep.config.settings import check_name
 from sidestep.errors import PointFailed, UserError, shared
 from sidestep.processes import join_processes, rank
 from sidestep.sweep import end_sweep, record_point
-from sidestep.training.signals import Interrupted
+from sidestep.training.signals import Interrupted, noting_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
     def logged(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
         try:
-            with _naming_files(lambda: folder):
+            with _naming_files(lambda: folder), noting_interrupts():
                 with shared():
                     settings = to_dataclass(config, root)
                 return task(settings)

@@ -10,14 +10,18 @@ import random
 import shutil
 import signal
 import stat
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.types import RunMode
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sidestep import cli
 from sidestep.acestep.checkpoint import find_checkpoint
 from sidestep.data.dataset import open_songs
 from sidestep.errors import UserError
@@ -412,6 +416,28 @@ def test_a_signal_right_after_a_save_does_not_save_the_same_step_again(
     with pytest.raises(Interrupted):
         run_training(tmp_path, *places, "max_epochs=5", "save_every_steps=1")
     assert saved == [1]
+
+
+@pytest.mark.parametrize("within", [nullcontext, StopSignals])
+def test_ctrl_c_is_no_fault_though_a_library_makes_an_error_of_it(monkeypatch, caplog, within):
+    """As PyTorch does while it reads numbers; inside of the loop the second one ends a run."""
+
+    def interrupted(settings):
+        with within():
+            if within is StopSignals:
+                signal.raise_signal(signal.SIGINT)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape of an object") from None
+
+    job = SimpleNamespace(mode=RunMode.RUN, runtime=SimpleNamespace(output_dir="outputs"))
+    monkeypatch.setattr(cli, "HydraConfig", SimpleNamespace(get=lambda: job))
+    monkeypatch.setattr(cli, "to_dataclass", lambda config, root: config)
+    with pytest.raises(KeyboardInterrupt):
+        cli._job(object, interrupted)(None)
+    assert "fault" not in caplog.text
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_rotate_nothing_away(tmp_path, checkpoint_dir, dataset_dir):

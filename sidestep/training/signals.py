@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -61,6 +63,37 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            before = self._before[signal.SIGINT]
+            (before if callable(before) else signal.default_int_handler)(number, frame)
         self.received = signal.Signals(number)
         log.info("%s: saving at the next safe place, then stopping", self.received.name)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the block as such, though the code of a library that it came in makes an error of its own of it.
+
+    Raises:
+        KeyboardInterrupt: in place of whatever error follows it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or (
+        threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    noted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal noted
+        noted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if noted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
