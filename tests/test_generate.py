@@ -440,7 +440,8 @@ def test_words_that_are_quoted_already_and_sweeps_are_left_alone():
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (["seconds=0"], "seconds=0.0 must be above 0"),
+        (["seconds=0.001"], "seconds=0.001 must be at least 0.08 seconds"),
+        (["shift=1e-9"], "shift=1e-09 must be at least 0.001"),
         (["seconds=601"], "use seconds=600 or less"),
         (["prompt="], "prompt is empty"),
         (["prompt=???"], "prompt must be set"),
@@ -499,6 +500,7 @@ def test_an_adapter_of_another_program_needs_the_model_named(trained, checkpoint
         ("{", "is damaged; copy it again"),
         ('{"model_variant": "huge"}', "model_variant 'huge' is not known"),
         ('{"model_variant": "turbo", "shift": "much"}', "has shift='much'; type shift=... yourself"),
+        ('{"model_variant": "turbo", "shift": 1e-9}', "has shift=1e-09; type shift=... yourself"),
     ],
 )
 def test_a_header_that_makes_no_sense_is_one_line(trained, checkpoint_dir, tmp_path, about, message):

@@ -185,6 +185,24 @@ def test_a_signal_while_previews_are_rendered_waits_for_the_piece_at_hand_only(t
     assert sorted(path.name for path in (tmp_path / "run/previews").iterdir()) == ["base", "step_4"]
 
 
+@pytest.mark.parametrize(
+    "files", [None, [{}], [5], [{"file": 5}], [{"file": "../x"}], {"file": "x"}, [{"file": "gone"}]]
+)
+def test_a_damaged_list_of_the_base_models_music_has_it_rendered_again(tmp_path, places, monkeypatch, files):
+    typed = (*places, *PREVIEWS)
+    rendered = Previews(open_run(train_config(*typed), tmp_path / "run", choices_of(*typed)))
+    listed, again = tmp_path / "run/previews/base/previews.json", []
+    listed.parent.mkdir(parents=True)
+    listed.write_text(json.dumps({"hash": rendered._hash(), "files": files}))
+    monkeypatch.setattr(rendered, "_render", lambda name, *_, **__: again.append(name))
+    rendered.render_base()
+    assert again == ["base"]
+    (listed.parent / "music.flac").touch()
+    listed.write_text(json.dumps({"hash": rendered._hash(), "files": [{"file": "music.flac"}]}))
+    rendered.render_base()
+    assert again == ["base"]
+
+
 @pytest.mark.slow
 def test_previews_that_were_due_when_a_run_was_stopped_are_rendered_when_it_goes_on(run, tmp_path, places):
     shutil.copytree(run, tmp_path / "run")
@@ -197,7 +215,7 @@ def test_previews_that_were_due_when_a_run_was_stopped_are_rendered_when_it_goes
     ("typed", "message"),
     [
         ("seeds=[-1]", "whole numbers"),
-        ("seconds=0", "above 0"),
+        ("seconds=0.001", "at least 0.08"),
         ("scales=[0]", "one of them not 0"),
         ("prompts=['']", "empty"),
     ],

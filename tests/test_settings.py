@@ -66,6 +66,7 @@ MISTAKES = {
     "schedule.warmup_steps=-1": "schedule.warmup_steps=-1 must not be negative",
     "timesteps.std=0": "timesteps.std=0.0 must be above 0",
     "vram_profile.batch_size=0": "vram_profile.batch_size=0 must be at least 1",
+    "shift=1e-9": "shift=1e-09 must be at least 0.001",
     "max_epochs=0": "max_epochs=0 must be at least 1",
     "max_epochs=null": "max_epochs and max_steps are both null",
     "max_seconds=0.05": "max_seconds=0.05 must be at least 0.08 seconds",

@@ -96,8 +96,8 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, "previews", every_epochs=self.every_epochs, num_inference_steps=self.num_inference_steps)
-        if not 0 < self.seconds <= 600:
-            raise UserError(f"previews.seconds={self.seconds:g} must be above 0 and no more than 600")
+        if not 0.08 <= self.seconds <= 600:
+            raise UserError(f"previews.seconds={self.seconds:g} must be at least 0.08 and no more than 600")
         if any(not 0 <= seed < 2**63 for seed in self.seeds) or not self.seeds:
             raise UserError(f"previews.seeds={self.seeds} must be whole numbers from 0 to 2**63 - 1, at least one")
         if not all(map(math.isfinite, self.scales)) or not any(self.scales):

@@ -26,6 +26,9 @@ from sidestep.training.optim import OptimConfig
 from sidestep.training.schedules import ScheduleConfig
 from sidestep.training.trackers import TrackingConfig
 
+LEAST_SHIFT = 0.001
+"""Far below any use; times at a shift near 0 are not numbers, as ``1 + (shift - 1)`` is 0 in float32."""
+
 
 class Precision(StrEnum):
     """Names equal values, because OmegaConf matches an enum by name."""
@@ -260,7 +263,7 @@ class TrainConfig:
         at_least(1, self, "num_inference_steps", "keep_last", "keep_every", "max_bad_steps")
         if self.keep_every is not None and self.keep_last is None:
             raise UserError(f"keep_every={self.keep_every} has no effect without keep_last; type keep_last=... too")
-        above_zero(self, "shift")
+        at_least(LEAST_SHIFT, self, "shift")
         check_excerpt("max_seconds", self.max_seconds)
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout={self.condition_dropout} must be at least 0 and below 1")
@@ -418,7 +421,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         self.adapter_dir, self.scale = self._adapters()
-        above_zero(self, "seconds", "shift")
+        check_excerpt("seconds", self.seconds)
+        at_least(LEAST_SHIFT, self, "shift")
         if self.seconds > 600:
             raise UserError(f"seconds={self.seconds:g} is more than ACE-Step makes; use seconds=600 or less")
         at_least(1, self, "num_inference_steps", "guidance_scale", "bpm")
@@ -597,20 +601,12 @@ def check_excerpt(key: str, seconds: float | None) -> None:
         raise UserError(f"{key}={seconds} must be at least 0.08 seconds")
 
 
-def at_least(least: int, config: object, *keys: str) -> None:
+def at_least(least: float, config: object, *keys: str) -> None:
     """Refuse a setting below ``least``; null passes."""
     for key in keys:
         value = getattr(config, key)
         if value is not None and value < least:
             raise UserError(f"{key}={value} must be at least {least}")
-
-
-def above_zero(config: object, *keys: str) -> None:
-    """Refuse a setting that is not a positive number; null passes."""
-    for key in keys:
-        value = getattr(config, key)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{key}={value} must be above 0")
 
 
 def check_name(name: str) -> None:

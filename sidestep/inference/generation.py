@@ -22,6 +22,7 @@ from sidestep.acestep.variants import VariantConfig
 from sidestep.adapters import SavedAdapter
 from sidestep.adapters.files import apply_adapters, read_adapter, trained_on, warn_of_another_model
 from sidestep.config.gate import largest, read_variant
+from sidestep.config.settings import LEAST_SHIFT
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype
 from sidestep.errors import UserError
@@ -202,7 +203,8 @@ def choose_sampling(config: GenerateConfig, variant: VariantConfig, adapters: Se
         if values[key] is None:
             values[key] = about.get(key, getattr(variant, key))
             kind = int if key == "num_inference_steps" else int | float
-            if not isinstance(values[key], kind) or not 0 < values[key] <= largest(key, values[key]):
+            least = LEAST_SHIFT if key == "shift" else 1
+            if not isinstance(values[key], kind) or not least <= values[key] <= largest(key, values[key]):
                 raise UserError(f"the header of {adapters[0].path} has {key}={values[key]!r}; type {key}=... yourself")
     sampling = Sampling(**values)
     if variant.is_turbo and sampling.guidance_scale > 1:

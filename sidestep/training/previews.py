@@ -243,9 +243,17 @@ def _empty_cache(device: torch.device) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The list of a folder's previews; empty if they were never finished."""
+    """The list of a folder's previews; empty if they were never finished, or it is damaged."""
     try:
         listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return listed if isinstance(listed, dict) else {}
+    return listed if isinstance(listed, dict) and _names_files(listed.get("files")) else {}
+
+
+def _names_files(files: Any) -> bool:
+    """Whether these are the previews of a list, each a file of its folder."""
+    return isinstance(files, list) and all(
+        isinstance(preview, dict) and isinstance(name := preview.get("file"), str) and Path(name).name == name
+        for preview in files
+    )
