@@ -307,6 +307,19 @@ def test_lines_about_steps_that_are_no_number_are_dropped(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+def test_lines_out_of_reach_are_not_taken_for_none(tmp_path):
+    """As where metrics.jsonl is a link to a disk that is not mounted."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("gone/metrics.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        drop_later_lines(path, 2)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n')
+    drop_later_lines(path, 2)
+    assert path.is_symlink()
+    assert path.read_text() == '{"step": 1}\n'
+
+
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_a_damaged_record_of_a_run_does_not_keep_it_from_going_on(tmp_path, places, name):
     settings = ("adapter=lora", *places)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sidestep import __version__
-from sidestep.files import naming, write_text
+from sidestep.files import naming, refuse_pipe, write_text
 from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
@@ -269,12 +269,14 @@ def used_gib(device: torch.device) -> float:
 
 def drop_later_lines(path: Path, step: int) -> None:
     """Drop the lines about later steps from a file of JSON lines, since a run that goes on does those steps again."""
-    write_text(path, "".join(line for line in _lines(path) if _step_of(line) <= step))
+    kept = [line for line in _lines(path) if _step_of(line) <= step]
+    write_text(path.resolve(), "".join(kept))  # a link stays one
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link to what is not there is no new file
         return []
+    refuse_pipe(path)
     return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
 
 
