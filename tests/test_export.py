@@ -444,6 +444,15 @@ def test_an_export_is_written_over_an_earlier_one_of_the_same_adapter_alone(adap
             run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
 
 
+def test_an_export_beside_its_adapter_is_written_again_where_both_were_moved(adapters, toy, tmp_path):
+    shutil.copytree(adapters["lokr"], tmp_path / "run/final")
+    typed = ("format=comfyui", "output_dir=null")
+    run_export(tmp_path / "run/final", toy.root, tmp_path, *typed)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    result = run_export(tmp_path / "moved/final", toy.root, tmp_path, *typed)
+    assert sorted(path.name for path in result.parent.iterdir()) == ["export.json", "moved-final.safetensors"]
+
+
 def test_what_is_put_into_the_folder_while_an_export_runs_is_not_lost(adapters, toy, tmp_path, monkeypatch):
     run_export(adapters["lokr"], toy.root, tmp_path, "format=comfyui")
 

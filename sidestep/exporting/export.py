@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -112,7 +113,7 @@ def export(config: ExportConfig) -> Path:
     device = resolve_device(config.device)
     saved = read_adapter(Path(config.adapter_dir))
     output_dir = _output_dir(config)
-    origin = _origin_of(saved)
+    origin = _origin_of(saved, output_dir)
     _check_replaceable(output_dir, origin)
     report = ExportReport(format=config.format.value, family=saved.family, scale=config.scale)
     base = _base(saved, config, output_dir)
@@ -271,9 +272,12 @@ def _output_dir(config: ExportConfig) -> Path:
     return folder
 
 
-def _origin_of(saved: SavedAdapter) -> str:
-    """Sixteen hex digits that tell an adapter's place from others without naming it."""
-    return hashlib.sha256(str(saved.path.resolve()).encode()).hexdigest()[:16]
+def _origin_of(saved: SavedAdapter, output_dir: Path) -> str:
+    """Sixteen hex digits that tell an adapter's place from others, seen from the output, without naming it."""
+    place = saved.path.resolve()
+    with suppress(ValueError):  # which Windows raises for another drive
+        place = Path(os.path.relpath(place, output_dir.resolve()))  # stays if both are moved
+    return hashlib.sha256(str(place).encode()).hexdigest()[:16]
 
 
 def _check_replaceable(folder: Path, origin: str) -> None:
@@ -284,29 +288,29 @@ def _check_replaceable(folder: Path, origin: str) -> None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    written = _written_before(folder)
-    if written is None:
+    earlier = _earlier_export(folder)
+    if earlier is None:
         raise UserError(f"output_dir={folder} is not an exported adapter ({describe(folder)}); choose another")
-    if written["origin"] != origin:
+    made_from, written = earlier
+    if made_from != origin:
         raise UserError(f"output_dir={folder} holds the export of another adapter ({describe(folder)}); choose another")
-    ours = {EXPORT_RECORD, *written["files"]}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in ours and (path.is_symlink() or not path.is_dir()):
+        if name not in (EXPORT_RECORD, *written) and (path.is_symlink() or not path.is_dir()):
             raise UserError(f"output_dir={folder} holds {name}, which export did not write; move it, or choose another")
 
 
-def _written_before(folder: Path) -> dict[str, Any] | None:
-    """The record of an earlier export, if there is one that says what it wrote."""
+def _earlier_export(folder: Path) -> tuple[str, list[str]] | None:
+    """What an earlier export was made from, and the names of the files it wrote; None if there was none."""
     path = folder / EXPORT_RECORD
     try:
         record = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, RecursionError):
         return None
-    names = record.get("files") if isinstance(record, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    return {"origin": record.get("origin"), "files": names}
+    match record:
+        case {"origin": str(origin), "files": list(names)} if all(isinstance(name, str) for name in names):
+            return origin, names
+    return None
 
 
 def _file_name(config: ExportConfig) -> str:
