@@ -458,9 +458,10 @@ def test_a_run_stopped_between_the_passes_goes_on_where_it_was(config, songs, lo
     assert loads == ["text_encoder", "condition_encoder"]
 
 
-def test_what_a_killed_process_left_is_cleared_and_a_living_ones_is_not(config, songs):
+def test_what_a_killed_process_left_is_cleared_and_that_of_one_at_work_on_a_part_is_not(config, songs):
     folder = Path(config.dataset_dir)
-    (folder / "latents").mkdir(parents=True)
+    for part in ("latents", "shards"):
+        (folder / part).mkdir(parents=True)
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
     for name in ("latents/.x.safetensors", ".songs.jsonl", ".dataset_info.json"):
@@ -469,6 +470,9 @@ def test_what_a_killed_process_left_is_cleared_and_a_living_ones_is_not(config, 
     preprocess(config)
     assert {path.rpartition("-")[2] for path in map(str, folder.rglob(".*partial*"))} == {str(os.getppid())}
     assert len(list(folder.rglob(".*partial*"))) == 3
+    (folder / "shards").rmdir()  # so nobody else can be at work
+    preprocess(config)
+    assert list(folder.rglob(".*partial*")) == []
 
 
 def test_a_damaged_file_is_made_again_with_a_line_that_names_it(config, songs, loads, caplog):

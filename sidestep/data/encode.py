@@ -50,7 +50,7 @@ from sidestep.data.manifest import (
     write_manifest,
 )
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
-from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
+from sidestep.data.shards import SHARDS, Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
 from sidestep.data.songs import SongList, printable, read_songs
 from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
@@ -243,7 +243,7 @@ def _update(
     """
     folder = Path(config.dataset_dir)
     for part in (folder, folder / LATENTS, folder / CONDITIONS):
-        remove_abandoned(part, alone=config.shard is None)
+        remove_abandoned(part, alone=not (folder / SHARDS).exists())  # other parts may be at work
     before = _read_before(folder)
     was_for = before[0].model_variant if before is not None else None
     summary = PreprocessSummary(

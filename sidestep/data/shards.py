@@ -24,6 +24,9 @@ from sidestep.records import make_record, parse_json
 
 log = logging.getLogger(__name__)
 
+SHARDS = "shards"
+"""Folder of a dataset that is or was made in parts."""
+
 
 @dataclass(kw_only=True)
 class Shard:
@@ -39,7 +42,7 @@ class Shard:
 
 def shard_folder(dataset_dir: Path, shard: int, num_shards: int) -> Path:
     """Where a part says what it came to."""
-    return dataset_dir / "shards" / f"{shard}-of-{num_shards}"
+    return dataset_dir / SHARDS / f"{shard}-of-{num_shards}"
 
 
 def songs_of(songs: Sequence[Song], shard: int, num_shards: int) -> list[Song]:
