@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidestep.errors import UserError
-from sidestep.files import ensure_readable
+from sidestep.files import ensure_readable, read_text
 
 MOST_LAYERS = 1000
 _RUNS, _RUN_LENGTH = 8, 8
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make or download it again") from error
     except OSError as error:

@@ -27,7 +27,7 @@ from sidestep.acestep.weight_files import UNPICKLING_ERRORS, holds_its_values, o
 from sidestep.config.typed import as_typed
 from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord
 from sidestep.errors import UserError
-from sidestep.files import ensure_readable
+from sidestep.files import ensure_readable, read_text
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ def _variant(folder: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -29,7 +29,7 @@ from types import UnionType
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import describe, write_text
+from sidestep.files import describe, read_text, write_text
 from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
@@ -304,7 +304,7 @@ def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def _read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
     try:
-        values = plain(parse(path.read_text(encoding="utf-8")))
+        values = plain(parse(read_text(path)))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
