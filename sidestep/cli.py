@@ -126,6 +126,8 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
             "memory where hydra.launcher.n_jobs is smaller"
         )
     except ValueError as error:
+        if str(error).startswith("Unable to configure"):  # what logging says of hydra.job_logging
+            sys.exit(f"hydra.job_logging or hydra.hydra_logging: {error} ({error.__cause__})")
         if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them
             raise
         sys.exit("no point was finished, so none is the best")
@@ -175,6 +177,7 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
     def logged(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
+        log.disabled = False  # hydra/job_logging=disabled turns off the rest; Python prints errors that no handler takes
         try:
             with _naming_files(lambda: folder):
                 with shared():

@@ -322,6 +322,20 @@ def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("hydra/job_logging=disabled", "sweep_dir=nowhere holds no sweep"),
+        ("hydra/job_logging=none", "sweep_dir=nowhere holds no sweep"),
+        ("hydra.job_logging.root.level=FOO", "Unable to configure root logger (Unknown level: 'FOO')"),
+    ],
+)
+def test_why_a_command_ends_is_said_however_logging_is_set(tmp_path, typed, answer):
+    code, text = run(tmp_path, "sweep_dir=nowhere", typed, command="report")
+    assert (code, text.count(answer)) == (1, 1), text
+    assert "Traceback" not in text
+
+
 def test_parts_are_all_that_several_values_make_of_a_dataset(tmp_path):
     code, text = run(tmp_path, "-m", "audio_dir=songs", "dataset_dir=d", "genre_ratio=1,2", command="preprocess")
     assert code == 1
