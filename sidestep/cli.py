@@ -177,7 +177,7 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
     def logged(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
-        log.disabled = False  # hydra/job_logging=disabled turns off the rest; Python prints errors that no handler takes
+        log.disabled = False  # as hydra/job_logging=disabled leaves it; Python prints errors that no handler takes
         try:
             with _naming_files(lambda: folder):
                 with shared():

@@ -195,8 +195,8 @@ def test_words_from_files_move_no_cursor_and_are_no_formulas(tmp_path):
     columns, cells = csv.reader(io.StringIO(as_csv(points)))
     row = dict(zip(columns, cells, strict=True))
     assert row["point"] == "a\\x1b[2Jb"
-    assert row["error"] == "'@x\\n\\x1b[31m"
-    assert (row["seed"], row["adapter.alpha"], row["optim.lr"]) == ("-1", "'=1+1", "\\x1b[31m1\\n2")
+    assert row["error"] == "'@x\n\\x1b[31m"
+    assert (row["seed"], row["adapter.alpha"], row["optim.lr"]) == ("-1", "'=1+1", "\\x1b[31m1\n2")
 
 
 DAMAGE = {

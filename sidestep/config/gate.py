@@ -350,8 +350,9 @@ def _unknown_group(config: str, group: str, overrides: Sequence[str]) -> str:
     beside = f"{config.rpartition('/')[0]}/"
     if group.startswith(beside):
         return f"{path}: a slash is missing; write override /{group.removeprefix(beside)}"
-    others = [name for name in _groups() if name != group]
-    return f"{path}: override /{group} names no group of this command{_meant(group, others)}"
+    known = _groups()
+    meant = "" if group in known else _meant(group, known)  # it may be another command's
+    return f"{path}: override /{group} names no group of this command{meant}"
 
 
 def _unknown_key(key: str, command: str, overrides: Sequence[str]) -> str:

@@ -423,11 +423,12 @@ def as_csv(points: Sequence[Point]) -> str:
 
 
 def _as_cell(text: str) -> str:
-    """Keep a spreadsheet from taking words for a formula."""
+    """Keep a spreadsheet from taking words for a formula, and a terminal from taking them for orders."""
     try:
         float(text)
     except ValueError:
-        return f"'{_printable(text)}" if text.startswith(("=", "+", "-", "@")) else _printable(text)
+        words = "\n".join(map(_printable, text.split("\n")))  # a cell may hold several lines
+        return f"'{words}" if words.startswith(("=", "+", "-", "@")) else words
     return text
 
 
