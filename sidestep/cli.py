@@ -102,9 +102,9 @@ def read_arguments() -> tuple[Namespace, list[str]]:
 def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) -> None:
     """Run the command, and turn what the user can mend into one line and exit code 1."""
     try:
-        if typed.cfg:
+        if typed.cfg or typed.info:
             compose_or_explain(typed.config_name or command, _typed_overrides(typed))
-        elif not (typed.info or typed.hydra_help or typed.shell_completion):
+        elif not (typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()

@@ -31,6 +31,7 @@ from sidestep.config.settings import (
     TrainConfig,
     VramConfig,
 )
+from sidestep.doctor import examine_sweep
 from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
@@ -96,6 +97,8 @@ MISTAKES = {
     "dataset_dir=a,b": "dataset_dir=a,b is several values; add -m to sweep over them",
     "dataset_dir=a=b": "cannot read dataset_dir=a=b",
     "experiment=nope": "experiment=nope is not an option",
+    f"experiment={'x' * 300}": "is not an option",
+    f"local={'x' * 300}": "there is none",
 }
 
 
@@ -220,6 +223,12 @@ def test_a_mistake_in_ones_own_defaults_names_the_file(own_defaults, command, te
         compose_or_explain(command, typed)
     assert str(raised.value).startswith(f"{folder}/local/{name}{answer}")
     assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_ones_own_defaults_is_said_once_for_a_whole_sweep(own_defaults):
+    folder = own_defaults("train", "# @package _global_\ndefaults: lokr\n")
+    with pytest.raises(UserError, match=r"train\.yaml: defaults must be a list of lines"):
+        examine_sweep([f"hydra.searchpath=[file://{folder}]", "dataset_dir=x", "seed=1,2"])
 
 
 def test_a_mistyped_setting_beside_a_damaged_file_of_ones_own_is_one_line(own_defaults):

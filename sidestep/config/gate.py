@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -142,7 +143,7 @@ def check_own_files(command: str, overrides: Sequence[str]) -> None:
     for group, values in chosen.items():
         for value in values.split(","):
             path = _file_of(f"{group}/{value}", overrides)
-            if path is not None and not PACKAGE_LINE.match(path.read_text(encoding="utf-8", errors="replace")):
+            if path is not None and not PACKAGE_LINE.match(_words_of(path)):
                 raise UserError(f"{path} must begin with the line # @package _global_")
             if path is None and f"local={values}" in overrides:
                 folders = [folder / "local" for folder in _conf_folders(overrides)]
@@ -151,10 +152,17 @@ def check_own_files(command: str, overrides: Sequence[str]) -> None:
                 raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
 
 
+def _words_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _file_of(config: str, overrides: Sequence[str]) -> Path | None:
     """The YAML file of what Hydra calls ``group/option``; None if there is none, as for one that is in the code."""
     paths = (folder / f"{config}.yaml" for folder in _conf_folders(overrides))
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)  # Path raises for a name that is too long
 
 
 def _conf_folders(overrides: Sequence[str]) -> list[Path]:
