@@ -98,7 +98,7 @@ MISTAKES = {
     "dataset_dir=a=b": "cannot read dataset_dir=a=b",
     "experiment=nope": "experiment=nope is not an option",
     f"experiment={'x' * 300}": "is not an option",
-    f"local={'x' * 300}": "there is none",
+    f"local={'x' * 300}": f"local={'x' * 300}: no ",
 }
 
 
