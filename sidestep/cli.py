@@ -30,7 +30,7 @@ from sidestep.config.gate import (
     UNREADABLE,
     VERSION_BASE,
     check_keys,
-    check_local,
+    check_own_files,
     check_swept,
     compose_or_explain,
     conf_dir,
@@ -102,7 +102,9 @@ def read_arguments() -> tuple[Namespace, list[str]]:
 def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) -> None:
     """Run the command, and turn what the user can mend into one line and exit code 1."""
     try:
-        if not (typed.cfg or typed.info or typed.hydra_help or typed.shell_completion):
+        if typed.cfg or typed.info:
+            compose_or_explain(typed.config_name or command, _typed_overrides(typed))
+        elif not (typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
@@ -124,6 +126,8 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
             "memory where hydra.launcher.n_jobs is smaller"
         )
     except ValueError as error:
+        if str(error).startswith("Unable to configure"):  # what logging says of hydra.job_logging
+            sys.exit(f"hydra.job_logging or hydra.hydra_logging: {error} ({error.__cause__})")
         if "No trials are completed" not in str(error):  # Optuna's, which looks for the best of them
             raise
         sys.exit("no point was finished, so none is the best")
@@ -136,7 +140,7 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
     if not typed.multirun and not launches_sweep(name, overrides):
         to_dataclass(compose_or_explain(name, overrides), root)
         return
-    check_local(overrides)
+    check_own_files(name, overrides)
     given = parse_overrides(with_params(name, overrides))
     last = {override.key_or_group: override for override in given}
     swept = [override for override in last.values() if override.is_sweep_override()]
@@ -173,6 +177,7 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
     def logged(config: DictConfig) -> Any:
         folder = HydraConfig.get().runtime.output_dir
+        log.disabled = False  # as hydra/job_logging=disabled leaves it; Python prints errors that no handler takes
         try:
             with _naming_files(lambda: folder), noting_interrupts():
                 with shared():

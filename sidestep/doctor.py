@@ -46,6 +46,7 @@ def examine_sweep(overrides: Sequence[str]) -> None:
     logging.getLogger("sidestep").setLevel(logging.INFO)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+    compose_or_explain("train", single)  # what all points share is refused once, in one line
     sweeper = _composed(single).hydra.sweeper
     points, times = points_of(sweeper, overrides), 1
     if not points:

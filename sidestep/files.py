@@ -40,10 +40,12 @@ def hidden_name(path: Path, kind: str) -> Path:
 
 def describe(folder: Path, limit: int = 5) -> str:
     """Say in a few words what a folder holds, for messages about what was found where something else should be."""
+    if folder.is_symlink() and not folder.exists():
+        return f"it is a link to {os.readlink(folder)}, which is not there"
     if not folder.exists():
         return "it does not exist"
     if not folder.is_dir():
-        return "it is a file, not a folder"
+        return "it is a file, not a folder" if folder.is_file() else "it is neither a file nor a folder"
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"it holds {', '.join(names[:limit])}{more}" if names else "it is empty"
@@ -83,6 +85,12 @@ def refuse_pipe(path: Path) -> None:
     """Raise an error for a named pipe, since opening it would wait for ever."""
     if path.is_fifo():
         raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
+
+
+def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """Read a text file; unlike ``Path.read_text`` this does not wait for ever at a named pipe."""
+    refuse_pipe(path)
+    return path.read_text(encoding=encoding, errors=errors)
 
 
 class LogFile(logging.FileHandler):

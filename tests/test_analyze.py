@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sidestep.adapters.lora import LoraConfig
+from sidestep.adapters.lora import LoraConfig, read_rank_pattern
 from sidestep.config.gate import compose_or_explain, to_dataclass
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
@@ -208,9 +209,26 @@ def test_settings_that_contradict_each_other_are_refused(typed, message):
         analyze_config(typed)
 
 
-@pytest.mark.parametrize(("name", "message"), [("song.wav", "must end in .json"), ("mine.json", "is another file")])
-def test_a_file_that_is_no_table_of_ranks_is_not_written_over(tmp_path, name, message):
-    (tmp_path / name).write_text("mine", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "output", "message"),
+    [
+        ("song.wav", "song.wav", "must end in .json"),
+        ("mine.json", "mine.json", "is another file"),
+        ("cover.png", "cover.json", r"cover\.png would be written over .*; type output=<another file>"),
+        ("cover_importance.png", "cover.json", r"cover_importance\.png would be written over"),
+    ],
+)
+def test_a_file_that_is_not_of_an_analysis_is_not_written_over(tmp_path, name, output, message):
+    mine = '{"rank_pattern": {}, "mine": 1}'
+    (tmp_path / name).write_text(mine, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        analyze(analyze_config(f"output={tmp_path / name}"))
-    assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+        analyze(analyze_config(f"output={tmp_path / output}"))
+    assert (tmp_path / name).read_text(encoding="utf-8") == mine
+
+
+def test_a_pipe_is_no_file_of_ranks(tmp_path):
+    os.mkfifo(tmp_path / "ranks.json")
+    with pytest.raises(UserError, match="is another file"):
+        analyze(analyze_config(f"output={tmp_path / 'ranks.json'}"))
+    with pytest.raises(UserError, match="it is a pipe"):
+        read_rank_pattern(tmp_path / "ranks.json")

@@ -169,6 +169,25 @@ def test_silence_beside_the_model_folders_is_found(toy_copy):
     assert find_checkpoint(toy_copy, variant_named("base")).silence().shape == (15_000, 64)
 
 
+@pytest.mark.parametrize(
+    "silence",
+    [
+        torch.empty(1, 64, 15_000, device="meta"),
+        torch.zeros(1, 64, 800).to_sparse(),
+        torch.zeros(1, 1, 1).expand(1, 64, 2**36),
+    ],
+)
+def test_silence_that_is_no_plain_tensor_is_refused(toy_copy, silence):
+    torch.save(silence, toy_copy / "acestep-v15-base" / "silence_latent.pt")
+    with pytest.raises(UserError, match=r"silence_latent\.pt holds no tensor of shape"):
+        find_checkpoint(toy_copy, variant_named("base")).silence()
+
+
+def test_silence_that_was_saved_for_training_is_only_read(toy_copy):
+    torch.save(torch.zeros(1, 64, 15_000, requires_grad=True), toy_copy / "acestep-v15-base" / "silence_latent.pt")
+    assert not find_checkpoint(toy_copy, variant_named("base")).silence().requires_grad
+
+
 def test_a_missing_checkpoint_says_where_to_get_one(tmp_path):
     (tmp_path / "vae").mkdir()
     with pytest.raises(UserError) as error:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def test_every_command_in_the_docs_is_accepted(page, command, arguments, tmp_pat
         "songs": (songs_config, ["audio_dir=songs"]),
     }[command]
     compose(*required, *words)
+
+
+@pytest.mark.parametrize(("page", "expected"), [("training.md", (5, None)), ("scaling.md", (10, "gpu"))])
+def test_a_file_of_ones_own_in_the_docs_is_read_as_it_stands(page, expected, tmp_path):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?:^    .*\n)*^    # @package _global_\n(?:^    .*\n)+", text, re.MULTILINE)
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/mine.yaml").write_text(textwrap.dedent(block), encoding="utf-8")
+    config = train_config(f"hydra.searchpath=[file://{tmp_path}]", "local=mine")
+    assert (config.save_every_epochs, config.cluster and config.cluster.partition) == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

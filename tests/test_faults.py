@@ -23,9 +23,15 @@ from safetensors.torch import load_file, save_file
 
 from sidestep import cli
 from sidestep.acestep.checkpoint import find_checkpoint
+from sidestep.acestep.weight_files import read_json
+from sidestep.adapters.files import read_adapter
 from sidestep.data.dataset import open_songs
+from sidestep.data.manifest import DatasetInfo
+from sidestep.data.manifest import read_manifest as read_dataset
 from sidestep.errors import UserError
 from sidestep.files import _HOST, LogFile, alone_in, naming, remove_abandoned, replacing_folder, write_tensors
+from sidestep.inference.generation import read_request
+from sidestep.reporting.page import write_page
 from sidestep.training.ema import WeightMean
 from sidestep.training.run import Run
 from sidestep.training.signals import Interrupted, StopSignals
@@ -40,7 +46,7 @@ from sidestep.training.state import (
     write_manifest,
 )
 from tests.audio_files import write
-from tests.factories import run_training, train_config
+from tests.factories import generate_config, run_training, train_config
 from tests.processes import Command, at_call, obey_permissions
 from tests.test_reliability import TRAIN, final_weights, run_of
 
@@ -282,6 +288,42 @@ def test_pipes_in_the_folder_of_a_run_are_named_instead_of_waited_for(tmp_path):
     os.mkfifo(tmp_path / ".owner")
     with pytest.raises(OSError, match=r"it is a pipe, not a file: .*\.owner"), alone_in(tmp_path):
         pass
+
+
+def test_pipes_among_the_files_of_a_dataset_a_model_and_a_sweep_are_named_too(tmp_path, caplog):
+    info = DatasetInfo(model_variant="base", condition_width=64, fingerprints={}, settings={"custom_tags": []})
+    (tmp_path / "dataset_info.json").write_text(json.dumps(vars(info)))
+    os.mkfifo(tmp_path / "songs.jsonl")
+    with pytest.raises(UserError, match=r"songs\.jsonl cannot be read: .*it is a pipe"):
+        read_dataset(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*songs\.jsonl: .*it is a pipe"):
+        read_json(tmp_path / "songs.jsonl")
+    with pytest.raises(UserError, match=r"prompt=@.*songs\.jsonl cannot be read as UTF-8 text: .*it is a pipe"):
+        read_request(generate_config(f"prompt=@{tmp_path / 'songs.jsonl'}"))
+    (tmp_path / "one").mkdir()
+    for name in ("plan.json", "one/run.json", "one/point.json", "one/metrics.jsonl", "one/validation.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with caplog.at_level(logging.WARNING, "sidestep"):
+        write_page(tmp_path, inline_mb=1)
+    for name in ("plan.json", "one/run.json", "one/point.json", "one/metrics.jsonl", "one/validation.jsonl"):
+        assert f"passing over {tmp_path / name}, which cannot be read: " in caplog.text
+
+
+def test_what_stands_in_the_place_of_a_file_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"/dev/null is neither a file nor a folder; give the folder of an adapter"):
+        read_adapter(Path("/dev/null"))
+    (tmp_path / "final").symlink_to("/not/mounted")
+    with pytest.raises(UserError, match=r"final is a link to /not/mounted, which is not there; give the folder"):
+        read_adapter(tmp_path / "final")
+    (tmp_path / "dataset_info.json").symlink_to("/not/mounted")
+    with pytest.raises(
+        UserError, match=r"dataset_info\.json cannot be read: it is a link to /not/mounted, which is not"
+    ):
+        open_songs(tmp_path)
+    (tmp_path / "dataset_info.json").unlink()
+    (tmp_path / "dataset_info.json").mkdir()
+    with pytest.raises(UserError, match=r"dataset_info\.json cannot be read: .*Is a directory"):
+        open_songs(tmp_path)
 
 
 def test_what_keeps_a_file_of_a_dataset_from_being_read_decides_what_is_advised(work, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import random
 import shutil
 import struct
 import traceback
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ from sidestep.acestep.conditioning import tokenize
 from sidestep.adapters.files import apply_adapters, read_adapter
 from sidestep.config.settings import GenerateConfig, TrainConfig
 from sidestep.data.dataset import SongDataset, collate
+from sidestep.data.legacy import LegacySongs
 from sidestep.data.manifest import read_manifest
 from sidestep.data.shards import Shard, merge_shards, shard_folder, write_shard
 from sidestep.errors import UserError
@@ -31,6 +34,7 @@ from sidestep.inspecting.summary import facts
 from sidestep.training.run import open_run
 from sidestep.training.state import load_checkpoint, newest_checkpoint, write_manifest
 from tests.factories import CHOICES, generate_config, run_training, train_config
+from tests.test_legacy import write_sample
 
 CPU = torch.device("cpu")
 IN_CI, SOAK = 12, 300
@@ -110,6 +114,16 @@ def damaged_metadata(data: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
+def damaged_pickle(data: bytes, chance: random.Random) -> bytes:
+    """Damage the pickle of a ``.pt`` file inside its archive, whose checksums are right again."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(written, "w") as damaged:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            damaged.writestr(entry, damaged_bytes(content, chance) if entry.filename.endswith("data.pkl") else content)
+    return written.getvalue()
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, checkpoint_dir, dataset_dir, adapters) -> Path:
     """One of everything that is read, whole."""
@@ -121,6 +135,7 @@ def world(tmp_path_factory, checkpoint_dir, dataset_dir, adapters) -> Path:
     places = (f"checkpoint_dir={root / 'checkpoints'}", f"dataset_dir={root / 'dataset'}")
     run_training(root / "run", *places, "adapter.rank=1", "max_epochs=1")
     shutil.copytree(root / "run", root / "signed")
+    write_sample(root / "tensor_files/song.pt")
     (part := shard_folder(root / "parts", 0, 1)).mkdir(parents=True)
     write_shard(part, Shard(listing="all", info=(read := read_manifest(root / "dataset"))[0], songs=read[1]))
     return root
@@ -169,6 +184,13 @@ def use_dataset(world: Path) -> None:
     dataset.fingerprint()
     dataset.check_tensors()
     collate([dataset[position] for position in range(4)])
+
+
+def use_tensor_files(world: Path) -> None:
+    """Read the tensor file of another trainer."""
+    songs = LegacySongs(world / "tensor_files")
+    songs.check(0, "song.pt")
+    songs.caption(0)
 
 
 def use_state(world: Path) -> None:
@@ -225,6 +247,8 @@ TARGETS: dict[str, tuple[str, Callable[[bytes, random.Random], bytes], Callable[
     "training state": ("signed/checkpoints/epoch_1/training_state.pt", damaged_bytes, use_state),
     "manifest": ("run/checkpoints/epoch_1/manifest.json", damaged_json, use_manifest),
     "manifest bytes": ("run/checkpoints/epoch_1/manifest.json", damaged_bytes, use_manifest),
+    "tensor file": ("tensor_files/song.pt", damaged_bytes, use_tensor_files),
+    "tensor file pickle": ("tensor_files/song.pt", damaged_pickle, use_tensor_files),
     "shard": ("parts/shards/0-of-1/shard.json", damaged_json, use_shard),
     "run record": ("run/run.json", damaged_json, use_run),
 }  # fmt: skip

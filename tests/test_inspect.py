@@ -19,7 +19,7 @@ from sidestep.adapters.files import read_adapter
 from sidestep.errors import UserError
 from sidestep.exporting.base_weights import BaseWeights
 from sidestep.inspecting.inspect import inspect_adapter
-from sidestep.inspecting.plot import draw_heatmap
+from sidestep.inspecting.plot import check_picture, draw_heatmap
 from sidestep.inspecting.summary import LayerChange, facts, heatmap, measure_changes
 from tests.factories import ADAPTERS, inspect_config, train_config
 from tests.golden import GOLDEN
@@ -96,6 +96,16 @@ def test_an_adapter_of_ace_steps_is_read_too(tmp_path, caplog, name, scale):
     assert "does not say which model it was trained on" in text
     assert "norm of the change" in text
     assert (tmp_path / "a.png").is_file()
+
+
+def test_a_picture_is_drawn_over_its_own_kind_only(tmp_path):
+    table = heatmap({"layers.2.self_attn.q_proj": LayerChange(norm=1.0, relative=0.25)})
+    check_picture(tmp_path / "a.png", "plot")
+    draw_heatmap(table, "an adapter", tmp_path / "a.png")
+    check_picture(tmp_path / "a.png", "plot")
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(UserError, match=r"mine\.png would be written over .*; type plot=<another file>"):
+        check_picture(tmp_path / "mine.png", "plot")
 
 
 def test_the_table_has_blocks_down_and_kinds_across_in_the_order_of_the_block(adapters, base):

@@ -201,6 +201,33 @@ def test_every_file_that_cannot_be_used_is_named_at_once(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_latents", torch.empty(60, 64, device="meta")),
+        ("attention_mask", torch.ones(60).to_sparse()),
+        ("target_latents", torch.zeros(60, 64).to(torch.float8_e4m3fn)),
+        ("context_latents", torch.empty(60, 128, device="meta")),
+        ("metadata", {"caption": torch.ones(3)}),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(tmp_path, name, value):
+    write_sample(tmp_path / "one.pt")
+    torch.save(torch.load(tmp_path / "one.pt", weights_only=True) | {name: value}, tmp_path / "one.pt")
+    with pytest.raises(UserError, match=rf"one\.pt: ({name} must be plain numbers|'caption' of its {name})"):
+        open_dataset(tmp_path)
+
+
+def test_one_number_repeated_until_the_memory_is_full_is_refused(tmp_path):
+    write_sample(tmp_path / "one.pt")
+    sample = torch.load(tmp_path / "one.pt", weights_only=True)
+    sample["target_latents"] = torch.zeros(1, 1).expand(2**34, 64)
+    sample["attention_mask"] = torch.zeros(1).expand(2**34)
+    torch.save(sample, tmp_path / "one.pt")
+    with pytest.raises(UserError, match=r"one\.pt: target_latents must be plain numbers that the file itself holds"):
+        open_dataset(tmp_path)
+
+
 def test_a_manifest_names_files_inside_the_folder_only(ace_step):
     (ace_step / "manifest.json").write_text(json.dumps({"samples": ["../../etc/two.pt", "C:\\tensors\\one.pt"]}))
     assert [song.latents for song in open_dataset(ace_step).songs] == ["two.pt", "one.pt"]

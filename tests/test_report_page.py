@@ -184,6 +184,21 @@ def test_the_page_csv_and_json_show_one_table(sweep):
     }  # fmt: skip
 
 
+def test_words_from_files_move_no_cursor_and_are_no_formulas(tmp_path):
+    (tmp_path / "a\x1b[2Jb").mkdir()
+    overrides = ["seed=-1", "adapter.alpha==1+1", "name=s", "optim.lr=\x1b[31m1\n2"]
+    PointRecord(overrides=overrides, status="failed", error="@x\n\x1b[31m").write(tmp_path / "a\x1b[2Jb")
+    points = collect_points(tmp_path)
+    table = as_table(points, tmp_path)
+    assert table.splitlines()[-2:] == ["a\\x1b[2Jb failed: @x\\n\\x1b[31m", "1 failed"]
+    assert table.replace("\n", "").isprintable()
+    columns, cells = csv.reader(io.StringIO(as_csv(points)))
+    row = dict(zip(columns, cells, strict=True))
+    assert row["point"] == "a\\x1b[2Jb"
+    assert row["error"] == "'@x\n\\x1b[31m"
+    assert (row["seed"], row["adapter.alpha"], row["optim.lr"]) == ("-1", "'=1+1", "\\x1b[31m1\n2")
+
+
 DAMAGE = {
     "point.json": ['{"overrides": [1], "status": 3}', '{"overrides": "x", "seconds": "long"}', "[1]", "\xff", "{",
                    json.dumps({"overrides": [], "status": "running", "started": "yesterday",

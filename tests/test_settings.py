@@ -31,6 +31,7 @@ from sidestep.config.settings import (
     TrainConfig,
     VramConfig,
 )
+from sidestep.doctor import examine_sweep
 from sidestep.errors import UserError
 from sidestep.training.schedules import Constant, Cosine, Linear
 from tests.factories import preprocess_config, train_config
@@ -97,6 +98,8 @@ MISTAKES = {
     "dataset_dir=a,b": "dataset_dir=a,b is several values; add -m to sweep over them",
     "dataset_dir=a=b": "cannot read dataset_dir=a=b",
     "experiment=nope": "experiment=nope is not an option",
+    f"experiment={'x' * 300}": "is not an option",
+    f"local={'x' * 300}": f"local={'x' * 300}: no ",
 }
 
 
@@ -130,19 +133,22 @@ def test_a_mistake_of_preprocessing_is_answered_by_name(typed, answer):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (b"seed: 1\nseed: 2\n", "mine.yaml line 2: found duplicate key seed"),
-        (b"seed: 1\n\tname: x\n", "mine.yaml line 2: found character '\\t' that cannot start any token"),
-        (b"seed: [\n", "mine.yaml line 2: expected the node content"),
-        (b"seed: !!python/object/apply:os.getpid []\n", "mine.yaml line 1: could not determine a constructor"),
-        (b"seed: 1\nname: caf\xe9\n", "mine.yaml line 2: it is not UTF-8"),
+        (b"seed: 1\nseed: 2\n", "mine.yaml line 3: found duplicate key seed"),
+        (b"seed: 1\n\tname: x\n", "mine.yaml line 3: found character '\\t' that cannot start any token"),
+        (b"seed: [\n", "mine.yaml line 3: expected the node content"),
+        (b"seed: !!python/object/apply:os.getpid []\n", "mine.yaml line 2: could not determine a constructor"),
+        (b"seed: 1\nname: caf\xe9\n", "mine.yaml line 3: it is not UTF-8"),
         (b"seed: &seed [*seed]\n", "mine.yaml: it is nested too deeply, or holds itself"),
         (b"seed: " + b"9" * 5000, "mine.yaml: Exceeds the limit"),
         (b"null: 3\n", "a key or a value in a YAML file, or one that was typed, cannot be read (KeyValidationError)"),
+        (b"defaults: lokr\n", "mine.yaml: defaults must be a list of lines such as - override /adapter: lokr"),
+        (b"defaults: [mine]\n", "mine.yaml: defaults names the file itself, perhaps by way of another"),
+        (b"defaults:\n- override adapter: lokr\n", "mine.yaml: a slash is missing; write override /adapter"),
     ],
 )
 def test_a_mistake_in_a_yaml_file_of_ones_own_names_the_file_and_the_line(tmp_path, text, answer):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_bytes(text)
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\n" + text)
     typed = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
     assert not launches_sweep("train", typed)
     with pytest.raises(UserError) as raised:
@@ -153,13 +159,83 @@ def test_a_mistake_in_a_yaml_file_of_ones_own_names_the_file_and_the_line(tmp_pa
 @pytest.mark.usefixtures("own_process")
 def test_showing_the_settings_of_a_yaml_file_that_cannot_be_read_names_it(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"name: caf\xe9\n")
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(b"# @package _global_\nname: caf\xe9\n")
     typed = ["--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job"]
     monkeypatch.setattr(sys, "argv", ["train", *typed])
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(SystemExit) as raised:
         run_command("train", TrainConfig, print)
-    assert raised.value.code == f"{tmp_path}/experiment/mine.yaml line 1: it is not UTF-8; save it as UTF-8"
+    assert raised.value.code == f"{tmp_path}/experiment/mine.yaml line 2: it is not UTF-8; save it as UTF-8"
+
+
+@pytest.mark.usefixtures("own_process")
+def test_showing_the_settings_answers_a_mistake_in_ones_defaults_in_one_line(own_defaults, monkeypatch):
+    folder = own_defaults("report", "# @package _global_\ndefaults: lokr\n")
+    monkeypatch.setattr(sys, "argv", ["report", "--config-dir", str(folder), "--cfg", "job"])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with pytest.raises(SystemExit, match=r"report\.yaml: defaults must be a list"):
+        run_command("report", ReportConfig, print)
+
+
+@pytest.fixture
+def own_defaults(tmp_path):
+    """Write ``local/<name>.yaml`` in a folder for ``--config-dir``."""
+
+    def write(name: str, text: str) -> Path:
+        (tmp_path / "local").mkdir()
+        (tmp_path / "local" / f"{name}.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_each_command_has_a_file_of_ones_own_defaults_which_no_other_reads(own_defaults):
+    folder = own_defaults("train", "# @package _global_\ndefaults:\n- override /adapter: lokr\nmax_epochs: 3\n")
+    typed = [f"hydra.searchpath=[file://{folder}]"]
+    for command in ("train", "doctor"):
+        config = compose_or_explain(command, typed)
+        assert (config.max_epochs, config.adapter.factor) == (3, 8)
+    assert compose_or_explain("train", [*typed, "max_epochs=4"]).max_epochs == 4
+    assert "max_epochs" not in compose_or_explain("report", typed)
+    assert compose_or_explain("preprocess", typed).language == "unknown"
+
+
+@pytest.mark.parametrize("command", ["report", "doctor"])
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("max_epochs: 3\n", ".yaml must begin with the line # @package _global_"),
+        ("# mine\n# @package _global_\nmax_epochs: 3\n", ".yaml must begin with the line # @package _global_"),
+        ("defaults:\n- override /adapter: lokr\n", ".yaml must begin with the line # @package _global_"),
+        (
+            "# @package _global_\ndefaults:\n- override /adaptor: lokr\n",
+            ".yaml: override /adaptor names no group of this command; did you mean adapter?",
+        ),
+        ("# @package _global_\ndefaults: {adapter: lokr}\n", ".yaml: defaults must be a list of lines such as"),
+        ("# @package _global_\ndefaults: [3]\n", ".yaml: defaults must be a list of lines such as"),
+    ],
+)
+def test_a_mistake_in_ones_own_defaults_names_the_file(own_defaults, command, text, answer):
+    name = "train" if command == "doctor" else command
+    folder = own_defaults(name, text)
+    typed = [f"hydra.searchpath=[file://{folder}]"]
+    assert not launches_sweep(command, typed)
+    with pytest.raises(UserError) as raised:
+        compose_or_explain(command, typed)
+    assert str(raised.value).startswith(f"{folder}/local/{name}{answer}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_ones_own_defaults_is_said_once_for_a_whole_sweep(own_defaults):
+    folder = own_defaults("train", "# @package _global_\ndefaults: lokr\n")
+    with pytest.raises(UserError, match=r"train\.yaml: defaults must be a list of lines"):
+        examine_sweep([f"hydra.searchpath=[file://{folder}]", "dataset_dir=x", "seed=1,2"])
+
+
+def test_a_mistyped_setting_beside_a_damaged_file_of_ones_own_is_one_line(own_defaults):
+    folder = own_defaults("train", "# @package _global_\ndefaults: [nope]\n")
+    with pytest.raises(UserError, match=r"adaptr is not a setting|local/nope"):
+        compose_or_explain("train", [f"hydra.searchpath=[file://{folder}]", "adaptr=lora"])
 
 
 def test_a_missing_dataset_names_the_command_that_makes_one():

@@ -303,6 +303,7 @@ def test_what_a_sweep_file_of_ones_own_varies_names_the_points(tmp_path, places)
         (["adapter.rank=2,abc"], "adapter.rank=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["local=mycluter", "seed=0,1"], "local=mycluter: no "),
         (["local=foo,bar"], "local=foo: no "),
+        (["local=null"], "local=null: no "),
         (["hydra.sweeper.max_batch_size=0", "seed=0,1"], "hydra.sweeper.max_batch_size=0 must be a whole number"),
         (["adapter=glob(zz*)"], "adapter=glob(zz*) gives adapter no value, so there are no points"),
         (["seed=range(0,0)"], "seed=range(0,0) gives seed no value"),
@@ -319,6 +320,20 @@ def test_a_sweep_that_is_refused_leaves_nothing_behind(tmp_path, typed, answer):
     assert "Traceback" not in text
     assert not list(tmp_path.glob("outputs/*/*"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("hydra/job_logging=disabled", "sweep_dir=nowhere holds no sweep"),
+        ("hydra/job_logging=none", "sweep_dir=nowhere holds no sweep"),
+        ("hydra.job_logging.root.level=FOO", "Unable to configure root logger (Unknown level: 'FOO')"),
+    ],
+)
+def test_why_a_command_ends_is_said_however_logging_is_set(tmp_path, typed, answer):
+    code, text = run(tmp_path, "sweep_dir=nowhere", typed, command="report")
+    assert (code, text.count(answer)) == (1, 1), text
+    assert "Traceback" not in text
 
 
 def test_parts_are_all_that_several_values_make_of_a_dataset(tmp_path):

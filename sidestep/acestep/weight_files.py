@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sidestep.errors import UserError
-from sidestep.files import ensure_readable
+from sidestep.files import ensure_readable, read_text
 
 MOST_LAYERS = 1000
 _RUNS, _RUN_LENGTH = 8, 8
 
 UNPICKLING_ERRORS = (
     *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError),
-    pickle.UnpicklingError,
+    *(AssertionError, struct.error, pickle.UnpicklingError),
 )
 """What ``torch.load`` raises on damaged bytes, which its unpickler takes for instructions."""
 
@@ -56,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make or download it again") from error
     except OSError as error:
@@ -152,9 +153,18 @@ def load_tensor(path: Path) -> Tensor:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
     except UNPICKLING_ERRORS as error:
         raise UserError(f"{path} is damaged or not a tensor file; download it again") from error
-    if not isinstance(tensor, Tensor) or tensor.ndim < 2:
+    if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not holds_its_values(tensor, path):
         raise UserError(f"{path} holds no tensor of shape (1, channels, frames)")
-    return tensor
+    return tensor.detach()
+
+
+def holds_its_values(tensor: Tensor, path: Path) -> bool:
+    """Whether a tensor read from a file is nothing but numbers in that file.
+
+    A pickle may say as well that it is sparse, on no device at all, or one number repeated until the memory is full.
+    """
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return plain and tensor.nbytes <= path.stat().st_size
 
 
 def sample_values(tensor: Tensor) -> Tensor:

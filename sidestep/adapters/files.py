@@ -22,7 +22,7 @@ from sidestep.adapters import loha, lokr, lora, oft
 from sidestep.adapters.base import AdapterConfig, SavedAdapter, by_kind, ends_with, refuse_second, size
 from sidestep.adapters.lycoris import file_name
 from sidestep.errors import UserError
-from sidestep.files import ensure_readable, sha256_of
+from sidestep.files import describe, ensure_readable, refuse_pipe, sha256_of
 from sidestep.records import parse_json
 
 if TYPE_CHECKING:
@@ -218,7 +218,8 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give the folder of an adapter or its .safetensors file")
+        there = describe(path).removeprefix("it ")
+        raise UserError(f"{path} {there}; give the folder of an adapter or its .safetensors file")
     for folder in (path, path / "adapter"):
         found = [folder / name for name in WEIGHTS_FILES if (folder / name).is_file()]
         if not found and (folder / EXPORT_RECORD).is_file():
@@ -308,6 +309,7 @@ def _put(modules: Modules, path: Path, key: str, name: str | None, leaf: str, te
 
 def _read_peft(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> SavedAdapter:
     config_path = path.with_name(lora.CONFIG_FILE)
+    refuse_pipe(config_path)
     settings = _parse(config_path.read_bytes(), str(config_path))
     readers = {"LORA": _lora_config, "OFT": _oft_config}
     if str(settings.get("peft_type")) not in readers:

@@ -13,7 +13,7 @@ from sidestep.acestep.keymap import to_original
 from sidestep.adapters.base import Adapter, AdapterConfig, Attention, LowRankConfig, by_kind, ends_with, nearest
 from sidestep.config.schema import option
 from sidestep.errors import UserError
-from sidestep.files import write_tensors, write_text
+from sidestep.files import read_text, write_tensors, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -272,7 +272,7 @@ def read_rank_pattern(path: Path) -> dict[str, Any]:
         UserError: if the file is none of its.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"adapter.rank_pattern_file={path} cannot be read: {error}; make one with python -m sidestep.analyze"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -35,8 +36,17 @@ T = TypeVar("T")
 UNREADABLE = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
 """What reading a YAML file raises that holds a mistake; Hydra passes it on as it is."""
 
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, ValueError, AssertionError, *UNREADABLE)
+"""What composing raises for what was mistyped, or for a file that holds a mistake."""
+
 VERSION_BASE = "1.3"
 """Hydra's own defaults that conf/ was written for."""
+
+WHOLE_GROUPS = ("local", "experiment", "sweep", "cluster")
+"""Groups whose files hold settings of the whole command."""
+
+PACKAGE_LINE = re.compile(r"\s*#\s*@package\s+\S")
+"""What such a file begins with, in Hydra's words; a comment above it would hide it."""
 
 EXAMPLES = {
     "dataset_dir": "dataset_dir=data/songs (the folder that python -m sidestep.preprocess wrote)",
@@ -59,7 +69,7 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: one line for anything Hydra, OmegaConf or YAML refuses.
     """
-    check_local(overrides)
+    check_own_files(command, overrides)
     for typed in overrides:
         if typed.startswith("~") and not typed.startswith("~hydra"):  # Hydra's own may be left out
             key = typed[1:].partition("=")[0]
@@ -119,23 +129,40 @@ def _refuse_missing(keys: Iterable[str]) -> None:
         raise UserError(f"{', '.join(missing)} must be set, for example {example}")
 
 
-def check_local(overrides: Sequence[str]) -> None:
-    """Refuse a file of one's own that is not there: Hydra would pass over it, and a run meant for a cluster begin here.
+def check_own_files(command: str, overrides: Sequence[str]) -> None:
+    """Refuse a file of one's own for which Hydra has no words.
+
+    It would pass over one that is not there, and a run meant for a cluster begin here; and it takes the settings of one
+    without a package line for settings of a group.
 
     Raises:
         UserError: naming the file.
     """
-    for typed in overrides:
-        key, _, values = typed.partition("=")
-        if key != "local":
-            continue
-        folders = [folder / "local" for folder in _conf_folders(overrides)]
+    chosen = {"local": "train" if command == "doctor" else command}  # the doctor takes what train takes
+    chosen |= {key: values for key, _, values in (typed.partition("=") for typed in overrides) if key in WHOLE_GROUPS}
+    for group, values in chosen.items():
         for value in values.split(","):
-            if value == "null" or any((folder / f"{value}.yaml").is_file() for folder in folders):
-                continue
-            known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-            there = f"there are {', '.join(known)}" if known else "there is none"
-            raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
+            path = _file_of(f"{group}/{value}", overrides)
+            if path is not None and not PACKAGE_LINE.match(_words_of(path)):
+                raise UserError(f"{path} must begin with the line # @package _global_")
+            if path is None and f"local={values}" in overrides:
+                folders = [folder / "local" for folder in _conf_folders(overrides)]
+                known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+                there = f"there are {', '.join(known)}" if known else "there is none"
+                raise UserError(f"local={value}: no {folders[-1] / value}.yaml{_meant(value, known)}; {there}")
+
+
+def _words_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _file_of(config: str, overrides: Sequence[str]) -> Path | None:
+    """The YAML file of what Hydra calls ``group/option``; None if there is none, as for one that is in the code."""
+    paths = (folder / f"{config}.yaml" for folder in _conf_folders(overrides))
+    return next((path for path in paths if os.path.isfile(path)), None)  # Path raises for a name that is too long
 
 
 def _conf_folders(overrides: Sequence[str]) -> list[Path]:
@@ -167,7 +194,7 @@ def _compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
             parsed = OverridesParser.create().parse_overrides(list(overrides))
             single = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
             return cast(DictConfig, compose(command, single, return_hydra_config=True).hydra)
-        except (HydraException, OmegaConfBaseException, ValueError, AssertionError, *UNREADABLE):
+        except COMPOSING_ERRORS:
             return None
 
 
@@ -196,6 +223,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
     if (several := re.search(r"Missing mandatory value: (\w+)", text)) and "hydra.sweep.dir" in text:
         return f"{several.group(1)} decides where a sweep lies, and a sweep has one folder; type one command for each"
+    if unknown := re.search(r"In '(.+)': Could not override '([^'@]+)", text):
+        return _unknown_group(unknown.group(1), unknown.group(2), overrides)
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(unknown.group(1).lstrip("+~"), command, overrides)
     if bad_value := re.search(r"Error merging override (\S+)", text):
@@ -217,9 +246,10 @@ def _explain_file(error: Exception, overrides: Sequence[str]) -> str:
     """
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name} line {error.problem_mark.line + 1}: {error.problem}"
+    naming_others = []
     for path in (path for folder in _conf_folders(overrides) for path in sorted(folder.rglob("*.yaml"))):
         try:
-            OmegaConf.load(path)
+            values = OmegaConf.load(path)
         except RecursionError:
             return f"{path}: it is nested too deeply, or holds itself"
         except UnicodeDecodeError as found:
@@ -231,7 +261,26 @@ def _explain_file(error: Exception, overrides: Sequence[str]) -> str:
             continue  # not what was raised
         except ValueError as found:
             return f"{path}: {found}"
+        if not isinstance(values, DictConfig) or "defaults" not in values:
+            continue
+        defaults = cast(dict[Any, Any], OmegaConf.to_container(values, resolve=False))["defaults"]
+        if not isinstance(defaults, list) or not all(_is_default(item) for item in defaults):
+            return f"{path}: defaults must be a list of lines such as - override /adapter: lokr"
+        if path.parent.parent in _conf_folders(overrides) and any(_names_another(item) for item in defaults):
+            naming_others.append(str(path))
+    if isinstance(error, RecursionError) and naming_others:
+        return f"{' or '.join(naming_others)}: defaults names the file itself, perhaps by way of another"
     raise error
+
+
+def _is_default(item: Any) -> bool:
+    return isinstance(item, str) or (isinstance(item, dict) and len(item) == 1)
+
+
+def _names_another(item: str | dict[Any, Any]) -> bool:
+    """Whether an item of a defaults list is another file to be read first, and no schema."""
+    first = item if isinstance(item, str) else str(next(iter(item)))
+    return first != "_self_" and not first.startswith(("/schema/", "override "))
 
 
 def to_dataclass(config: DictConfig, root: type[T]) -> T:
@@ -293,11 +342,36 @@ def _values(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
+def _groups() -> list[str]:
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local"))
+
+
+def _unknown_group(config: str, group: str, overrides: Sequence[str]) -> str:
+    """Say which line of a file's defaults list overrides a group that its command does not have.
+
+    Args:
+        config: the file in Hydra's words, ``local/train``.
+        group: what is overridden; it lies beside the file where no slash was written in front.
+        overrides: what was typed.
+    """
+    path = _file_of(config, overrides) or config
+    beside = f"{config.rpartition('/')[0]}/"
+    if group.startswith(beside):
+        return f"{path}: a slash is missing; write override /{group.removeprefix(beside)}"
+    known = _groups()
+    meant = "" if group in known else _meant(group, known)  # it may be another command's
+    return f"{path}: override /{group} names no group of this command{meant}"
+
+
 def _unknown_key(key: str, command: str, overrides: Sequence[str]) -> str:
     """Name the nearest setting to a key that does not exist."""
-    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")]
-    chosen = [o for o in overrides if o.lstrip("+").partition("=")[0] in groups and not re.search(r"[,(]", o)]
-    config = compose(command, chosen)
+    groups = _groups()
+    read = [*groups, "hydra.searchpath"]
+    chosen = [o for o in overrides if o.lstrip("+").partition("=")[0] in read and not re.search(r"[,(]", o)]
+    try:
+        config = compose(command, chosen)
+    except COMPOSING_ERRORS:  # what was chosen is a mistake too
+        config = compose(command, ["~local"] if (conf_dir() / "local").is_dir() else [])
     parent, _, leaf = key.rpartition(".")
     if parent and parent not in config:
         parent, leaf = "", key.partition(".")[0]  # the mistake is in the first word

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,23 @@ import torch
 from torch import Tensor
 
 from sidestep.acestep.prompts import apply_tag
+from sidestep.acestep.weight_files import UNPICKLING_ERRORS, holds_its_values, one_line
 from sidestep.config.typed import as_typed
 from sidestep.data.manifest import HALF_CHARACTER, DatasetInfo, SongRecord
 from sidestep.errors import UserError
+from sidestep.files import ensure_readable, read_text
 
 log = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 64
 TENSORS = {"target_latents": 2, "attention_mask": 1, "encoder_hidden_states": 2, "encoder_attention_mask": 1}
 """What a file must hold, and how many dimensions each tensor has."""
+
+DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""What the values of a file may be."""
 
 
 def holds_tensor_files(folder: Path) -> bool:
@@ -72,6 +79,9 @@ class LegacySongs:
                 self.songs.append(_record(name, sample, metadata, folder))
             except UserError as error:
                 problems.append(str(error))
+                continue
+            except (zipfile.BadZipFile, NotImplementedError) as error:  # of what torch does not read of the archive
+                problems.append(f"{folder / name} is damaged: {one_line(error)}")
                 continue
             widths.setdefault(sample["encoder_hidden_states"].shape[1], name)
             tags.add(str(metadata.get("custom_tag") or ""))
@@ -145,8 +155,9 @@ def _load(path: Path) -> dict[str, Any]:
         UserError: if it is not what these trainers write.
     """
     try:
+        ensure_readable(path)
         sample = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except UNPICKLING_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be read: {reason:.160}") from error
     if not isinstance(sample, dict):
@@ -156,6 +167,15 @@ def _load(path: Path) -> dict[str, Any]:
         if not isinstance(tensor, Tensor) or tensor.ndim != ndim:
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise UserError(f"{path}: {name} must be a tensor of {ndim} dimensions, it is {found}")
+        sample[name] = tensor.detach()
+    for name, tensor in sample.items():
+        if isinstance(tensor, Tensor) and (tensor.dtype not in DTYPES or not holds_its_values(tensor, path)):
+            kind = f"{tuple(tensor.shape)}, {tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise UserError(f"{path}: {name} must be plain numbers that the file itself holds, it is {kind}")
+    metadata = sample.get("metadata")
+    for name, value in metadata.items() if isinstance(metadata, dict) else ():
+        if isinstance(value, Tensor):
+            raise UserError(f"{path}: {name!r:.60} of its metadata is a tensor")
     for tensor, mask in (("target_latents", "attention_mask"), ("encoder_hidden_states", "encoder_attention_mask")):
         if len(sample[tensor]) != len(sample[mask]) or not sample[tensor].is_floating_point():
             raise UserError(f"{path}: {mask} has {len(sample[mask])} values for the {len(sample[tensor])} of {tensor}")
@@ -243,7 +263,7 @@ def _variant(folder: Path) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import json
 import operator
+import os
 import re
 import types
 import typing
@@ -27,7 +28,7 @@ from typing import Any
 
 from sidestep.data.sampler import reference_parts
 from sidestep.errors import UserError
-from sidestep.files import describe, write_text
+from sidestep.files import describe, refuse_pipe, write_text
 
 FORMAT = 2
 AGAIN = "run python -m sidestep.preprocess again"
@@ -160,7 +161,7 @@ def read_manifest(folder: Path) -> tuple[DatasetInfo, list[SongRecord]]:
     Raises:
         UserError: if the folder is not a dataset, or a file in it cannot be understood.
     """
-    if not (folder / INFO).is_file():
+    if not os.path.lexists(folder / INFO):
         raise UserError(
             f"dataset_dir={folder} is not a dataset: no {INFO} ({describe(folder)}); "
             f"make one with python -m sidestep.preprocess audio_dir=<songs> dataset_dir={folder}"
@@ -253,10 +254,12 @@ def _parse_quickly(lines: Sequence[str]) -> list[SongRecord] | None:
 
 def _lines(path: Path) -> list[str]:
     try:
+        refuse_pipe(path)
         with path.open(encoding="utf-8") as lines:
             return list(lines)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {AGAIN}") from error
+        found = f"cannot be read: {describe(path)}" if path.is_symlink() else "is missing"
+        raise UserError(f"{path} {found}; {AGAIN}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}; {AGAIN}") from error
 

@@ -26,7 +26,7 @@ from sidestep.config.settings import LEAST_SHIFT
 from sidestep.data.audio import SILENT_PEAK
 from sidestep.devices import memory_gib, resolve_device, resolve_dtype
 from sidestep.errors import UserError
-from sidestep.files import remove_abandoned, sha256_of
+from sidestep.files import read_text, remove_abandoned, sha256_of
 from sidestep.inference.music_files import adapter_name, music_name, write_music
 from sidestep.inference.pipeline import (
     Request,
@@ -129,7 +129,7 @@ def _read_words(key: str, typed: str) -> str:
     text = typed
     if typed.startswith("@"):
         try:
-            text = Path(typed[1:]).read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark in front
+            text = read_text(Path(typed[1:]), "utf-8-sig")  # Windows editors put a byte order mark in front
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{key}={typed} cannot be read as UTF-8 text: {error}") from error
     for char in text:

@@ -9,7 +9,7 @@ from sidestep.adapters.files import read_adapter
 from sidestep.config.settings import InspectConfig
 from sidestep.errors import UserError
 from sidestep.exporting.base_weights import base_if_there
-from sidestep.inspecting.plot import draw_heatmap
+from sidestep.inspecting.plot import check_picture, draw_heatmap
 from sidestep.inspecting.summary import facts, heatmap, measure_changes
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ def inspect_adapter(config: InspectConfig) -> Path | None:
     if config.plot is not None and not config.plot.endswith(".png"):  # it would be written over
         raise UserError(f"plot={config.plot} must end in .png, which it is written as")
     saved = read_adapter(Path(config.adapter_dir))
+    plot = Path(config.plot) if config.plot else saved.path.with_name("inspect.png")
+    check_picture(plot, "plot")
     for name, text in facts(saved):
         log.info("%-16s %s", name, text)
     without = "not compared with the base model"
@@ -42,7 +44,6 @@ def inspect_adapter(config: InspectConfig) -> Path | None:
         log.info("%s", line)
     if not table.blocks:
         return None
-    plot = Path(config.plot) if config.plot else saved.path.with_name("inspect.png")
     try:
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw_heatmap(table, f"{saved.path.parent.name}/{saved.path.name}: {saved.family}", plot)

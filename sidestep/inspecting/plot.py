@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from sidestep.errors import UserError
 from sidestep.files import replacing
 from sidestep.inspecting.summary import Heatmap, short_kind
+
+
+def check_picture(path: Path, setting: str) -> None:
+    """Refuse to draw over what is not a picture that :func:`draw_heatmap` made.
+
+    Raises:
+        UserError: naming the setting that chooses another.
+    """
+    if not os.path.lexists(path):
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if b"tEXtSoftware\0sidestep" in file.read(1024):
+                return
+    raise UserError(f"{path} would be written over and is no picture of sidestep's; type {setting}=<another file>")
 
 
 def draw_heatmap(heatmap: Heatmap, title: str, path: Path) -> None:

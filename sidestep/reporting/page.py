@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidestep.files import write_text
+from sidestep.files import read_text, write_text
 from sidestep.records import parse_json
 from sidestep.reporting.runs import POINT, RUN, collect_points, plain, rows_of
 from sidestep.times import now
@@ -211,7 +211,7 @@ def _relative(path: Path, folder: Path) -> str:
 def _lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """Read the objects of a file of JSON lines, or the one that a whole file is; without those that are damaged."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -29,7 +29,7 @@ from types import UnionType
 from typing import Any
 
 from sidestep.errors import UserError
-from sidestep.files import describe, write_text
+from sidestep.files import describe, read_text, write_text
 from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
 
@@ -304,7 +304,7 @@ def same_point(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def _read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
     try:
-        values = plain(parse(path.read_text(encoding="utf-8")))
+        values = plain(parse(read_text(path)))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -415,9 +415,25 @@ def as_csv(points: Sequence[Point]) -> str:
     columns = [key for key in (rows[0] if rows else {}) if key != "settings"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *(f"settings.{key}" if key in columns else key for key in keys)])
-    writer.writerows([*(row[key] for key in columns), *(row["settings"].get(key, "") for key in keys)] for row in rows)
+    writer.writerow([*columns, *(_as_cell(f"settings.{key}" if key in columns else key) for key in keys)])
+    for row in rows:
+        cells = [*(row[key] for key in columns), *(row["settings"].get(key, "") for key in keys)]
+        writer.writerow([_as_cell(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()
+
+
+def _as_cell(text: str) -> str:
+    """Keep a spreadsheet from taking words for a formula, and a terminal from taking them for orders."""
+    try:
+        float(text)
+    except ValueError:
+        words = "\n".join(map(_printable, text.split("\n")))  # a cell may hold several lines
+        return f"'{words}" if words.startswith(("=", "+", "-", "@")) else words
+    return text
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def as_json(points: Sequence[Point]) -> str:
@@ -441,7 +457,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or _called(p),
-            *(p.settings.get(key, "")[:40] for key in columns),
+            *(_printable(p.settings.get(key, ""))[:40] for key in columns),
             p.status,
             "" if p.objective is None else f"{p.objective:.4f}",
             f"{p.step}/{p.num_steps}" if p.num_steps else "",
@@ -470,9 +486,8 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     failed = [p for p in points if p.status == "failed"]
     lines += [f"{_called(p)} failed: {p.error}" for p in failed[:MANY]]
     counts = Counter(p.status for p in points)
-    return "\n".join(
-        [*lines, ", ".join(f"{counts[status]} {status}" for status in reversed(STATUSES) if counts[status])]
-    )
+    lines.append(", ".join(f"{counts[status]} {status}" for status in reversed(STATUSES) if counts[status]))
+    return "\n".join(map(_printable, lines))  # files may hold what would move the cursor
 
 
 def _called(point: Point) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from sidestep.data.holdout import content_id, hold_out
 from sidestep.devices import resolve_device, resolve_dtype
 from sidestep.errors import UserError
 from sidestep.files import write_text
-from sidestep.inspecting.plot import draw_heatmap
+from sidestep.inspecting.plot import check_picture, draw_heatmap
 from sidestep.inspecting.summary import Heatmap, LayerChange, heatmap
 from sidestep.training.flow import VelocityLoss
 from sidestep.training.forward import Forward
@@ -97,11 +98,15 @@ def analyze(config: AnalyzeConfig) -> Path:
     output = Path(config.output)
     if output.suffix != ".json":
         raise UserError(f"output={output} must end in .json, which it is written as")
-    if output.is_file():
+    if os.path.lexists(output):
         try:
-            read_rank_pattern(output)
-        except UserError as error:
-            raise UserError(f"output={output} is another file; type output=<a file that is not there yet>") from error
+            known = "about" in read_rank_pattern(output)
+        except UserError:
+            known = False
+        if not known:
+            raise UserError(f"output={output} is another file; type output=<a file that is not there yet>")
+    for picture in _pictures(output):
+        check_picture(picture, "output")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.precision, device)
     checkpoint = find_checkpoint(Path(config.checkpoint_dir), config.model_variant)
@@ -138,6 +143,11 @@ def analyze(config: AnalyzeConfig) -> Path:
     tables = [_arranged(Ranks, ranks), _arranged(Importances, matters)]
     _print(importance, ranks, tables[0], config)
     return _write(config, dataset, checkpoint.fingerprint("transformer"), importance, ranks, tables)
+
+
+def _pictures(output: Path) -> tuple[Path, Path]:
+    """Where the ranks and the importance are drawn."""
+    return output.with_suffix(".png"), output.with_name(f"{output.stem}_importance.png")
 
 
 def _arranged(kind: type[Heatmap], values: Mapping[str, float]) -> Heatmap:
@@ -280,8 +290,8 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content, indent=1) + "\n")
-        for table, picture in zip(tables, (f"{path.stem}.png", f"{path.stem}_importance.png"), strict=True):
-            draw_heatmap(table, f"{path.name}: {config.model_variant.name}", path.with_name(picture))
+        for table, picture in zip(tables, _pictures(path), strict=True):
+            draw_heatmap(table, f"{path.name}: {config.model_variant.name}", picture)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; type output=<another file>") from error
     log.info("next: %s", next_command(config, path))
