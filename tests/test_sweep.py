@@ -235,6 +235,22 @@ def test_an_experiment_among_the_values_may_bring_what_is_missing():
         check_swept("train", compose_or_explain("train", ["name=s"]), ["name=s"], given[1:])
 
 
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("cluster.partition=gpu,gpu-long", """with quotes that the shell leaves: cluster.partition="'gpu,gpu-long'\""""),
+        ("cluster.nodes=range(1,3)", "cluster.nodes is the same for all points of a sweep"),
+        ("cluster=slurm,null", "a sweep has one cluster for all its points"),
+        ("local=a,b", "a sweep has one local for all its points"),
+        ("sweep=lr,rank", "a sweep has one sweep for all its points"),
+    ],
+)
+def test_what_is_read_once_for_all_points_has_one_value(typed, answer):
+    with pytest.raises(UserError) as raised:
+        check_swept("train", compose_or_explain("train", []), [], parse_overrides([typed]))
+    assert answer in str(raised.value)
+
+
 class Killing:
     """A launcher of two processes, of which the one that does ``too_much`` is killed, and the other with it."""
 

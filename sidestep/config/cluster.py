@@ -14,7 +14,7 @@ class SlurmConfig:
     """One Slurm job per point, submitted as arrays; a setting left null is not mentioned to Slurm."""
 
     partition: str | None = None
-    """Partition, or several with commas: 'gpu,gpu-long'."""
+    """Partition, or several with commas in two pairs of quotes: cluster.partition="'gpu,gpu-long'"."""
     account: str | None = None
     """Account that pays."""
     qos: str | None = None

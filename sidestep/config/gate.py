@@ -92,7 +92,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: Sequence[Override]) -> None:
-    """Refuse a setting that every point of a sweep lacks.
+    """Refuse a setting that every point of a sweep lacks, and several values of what is read once for all of them.
 
     Args:
         command: name of the YAML in conf/.
@@ -103,6 +103,8 @@ def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: S
     Raises:
         UserError: naming it.
     """
+    for override in swept:
+        _refuse_of_whole_sweep(override)
     missing = OmegaConf.missing_keys(config) - {o.key_or_group for o in swept}
     for override in swept:
         if missing and override.is_discrete_sweep():
@@ -111,6 +113,18 @@ def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: S
                 with contextlib.suppress(UserError):  # of one point only
                     missing &= OmegaConf.missing_keys(compose_or_explain(command, [*fixed, typed]))
     _refuse_missing(missing)
+
+
+def _refuse_of_whole_sweep(swept: Override) -> None:
+    """Refuse several values of what decides where or what a sweep is, which no point would follow."""
+    key, value = swept.key_or_group, str(swept.input_line).partition("=")[2]
+    if key in ("cluster", "local", "sweep"):
+        raise UserError(f"{key}={value}: a sweep has one {key} for all its points; type one command for each")
+    if key.startswith("cluster."):
+        raise UserError(
+            f"{key}={value}: {key} is the same for all points of a sweep; type one command for each, or if this is one "
+            f"value, with quotes that the shell leaves: {key}=\"'{value}'\""
+        )
 
 
 def _refuse_missing(keys: Iterable[str]) -> None:
