@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -55,6 +56,9 @@ QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK":
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a disk, which come without a file's name where an open file is written."""
+
+TABLE_SECONDS = 60
+"""How long the other processes of a failed sweep stay for process 0 to end first; it may be waiting for one of them."""
 
 
 def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> None:
@@ -107,8 +111,9 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except PointFailed:
-        if rank() == 0:  # torchrun ends the others with the first that fails, and process 0 has a table to print
-            sys.exit(1)
+        if rank() != 0:  # torchrun ends all of them with the first that fails, and process 0 has a table to print
+            time.sleep(TABLE_SECONDS)
+        sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     except UserError as error:
@@ -164,11 +169,14 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
     def job(config: DictConfig) -> Any:
         join_processes()
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        swept = HydraConfig.get().mode is RunMode.MULTIRUN
+        if swept and "sweep" in HydraConfig.get().callbacks:
             return record_point(lambda: logged(config))
         try:
             return logged(config)
-        except UserError:
+        except (UserError, SystemExit) as error:
+            if swept:  # of a command whose points have no folders, as report; the others go on
+                raise PointFailed(str(error)) from None
             sys.exit(1)
 
     def logged(config: DictConfig) -> Any:

@@ -116,12 +116,13 @@ def sweep_grid(sweeper: Any, typed: Sequence[str]) -> list[Sequence[JobReturn]]:
     batches = sweeper.split_arguments(parsed, size)
     folders: dict[str, Sequence[str]] = {}
     returned: list[Sequence[JobReturn]] = []
-    keeps_plan = rank() == 0 and "sweep" in config.hydra.callbacks
+    has_folders = "sweep" in config.hydra.callbacks  # not where a command only looks or converts
+    keeps_plan = rank() == 0 and has_folders
     for batch in batches:
         planned = []
         for number, point in enumerate(batch, start=len(folders)):
             folder = _folder_of(sweeper.hydra_context, config, point, number)
-            if (other := folders.setdefault(folder, point)) is not point:
+            if (other := folders.setdefault(folder if has_folders else str(number), point)) is not point:
                 raise UserError(_are_one_point(other, point, sweep_dir / folder))
             planned.append(PlannedPoint(overrides=list(point), folder=folder))
         if keeps_plan and not returned:

@@ -22,8 +22,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from safetensors.torch import load_file
 
 import sidestep.sweep
+from sidestep import cli
 from sidestep.acestep.checkpoint import Checkpoint
 from sidestep.config.gate import check_swept, compose_or_explain, parse_overrides
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.report import report_command
 from sidestep.reporting.runs import (
@@ -213,6 +215,48 @@ def test_a_record_that_cannot_be_written_ends_a_sweep_of_several_processes(point
     with pytest.raises(SystemExit):
         record_point(lambda: 1.0)
     assert "No space left on device" in caplog.text
+
+
+def test_the_other_processes_of_a_failed_sweep_end_after_process_0_and_with_an_error(monkeypatch):
+    """With exit code 0, torchrun would leave process 0 waiting for what only they were refused."""
+
+    def main(**options):
+        def job(task):
+            def fail() -> None:
+                waited.append(0)
+                raise PointFailed("of a setting", in_all=True)
+
+            return fail
+
+        return job
+
+    monkeypatch.setattr(cli, "_check", lambda *arguments: None)
+    monkeypatch.setattr(cli.hydra, "main", main)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: waited.append(seconds))
+    monkeypatch.setattr("sys.argv", ["sidestep.train", "-m"])
+    for number, expected in (("0", [0]), ("1", [0, cli.TABLE_SECONDS])):
+        waited: list[float] = []
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as ended:
+            cli._run("train", TrainConfig, lambda config: None, cli.read_arguments()[0])
+        assert (ended.value.code, waited) == (1, expected)
+
+
+def test_several_values_for_a_command_that_only_looks_leave_no_records(tmp_path):
+    """What lies in the current folder is somebody's own, whatever it is called."""
+    for name in "ab":
+        (tmp_path / name / "x").mkdir(parents=True)
+        PointRecord(overrides=["seed=1"], status="finished", objective=0.5).write(tmp_path / name / "x")
+    own = [tmp_path / "sweep.csv", tmp_path / "0/point.json"]
+    own[1].parent.mkdir()
+    for path in own:
+        path.write_text("mine")
+    code, text = run(tmp_path, "-m", "sweep_dir=a,no,b", command="report")
+    assert code == 1
+    assert "sweep_dir=no holds no sweep" in text
+    assert text.count("1 finished") == 2
+    assert [path.read_text() for path in own] == ["mine", "mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "a", "b", "sweep.csv", "out-0.txt"}
 
 
 def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
