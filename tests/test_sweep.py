@@ -282,7 +282,7 @@ def test_an_experiment_among_the_values_may_bring_what_is_missing():
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
-        ("cluster.partition=gpu,gpu-long", """with quotes that the shell leaves: cluster.partition="'gpu,gpu-long'\""""),
+        ("cluster.partition=gpu,gpu-long", """quotes that the shell leaves: cluster.partition="'gpu,gpu-long'\""""),
         ("cluster.nodes=range(1,3)", "cluster.nodes is the same for all points of a sweep"),
         ("cluster=slurm,null", "a sweep has one cluster for all its points"),
         ("local=a,b", "a sweep has one local for all its points"),
