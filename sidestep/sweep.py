@@ -51,6 +51,9 @@ from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
 
+MANY_POINTS = 100
+"""More make the table of a sweep be written now and then, and not whenever a point begins or ends."""
+
 _launched: list[Path] = []
 """Folder of the sweep that this process launched, if it did."""
 
@@ -319,6 +322,7 @@ def _attempt(run: Callable[[], Any]) -> Any:
         if before is not None:
             _refuse_if_busy(before, attempt, folder)
         attempt.write(folder)
+        update_tables(folder.parent)
     began = time.monotonic()
     result, in_all = None, False
     try:
@@ -382,7 +386,8 @@ def update_tables(sweep_dir: Path) -> None:
     table = sweep_dir / "sweep.json"
     if table.exists():
         num_points = len(os.listdir(sweep_dir))
-        if time.time() - table.stat().st_mtime < num_points / 25:  # one per cent of the time, at 0.4 ms for a point
+        pause = num_points / 25  # one per cent of the time, at 0.4 ms for a point
+        if num_points > MANY_POINTS and time.time() - table.stat().st_mtime < pause:
             return
     write_tables(sweep_dir, collect_points(sweep_dir))
 

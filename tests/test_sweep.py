@@ -259,6 +259,18 @@ def test_several_values_for_a_command_that_only_looks_leave_no_records(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "a", "b", "sweep.csv", "out-0.txt"}
 
 
+def test_while_a_point_is_done_the_tables_say_so(point_dir):
+    table = point_dir.parent / "sweep.json"
+    table.write_text("[]")  # a moment ago, as at the end of the point before
+
+    def status() -> list[str]:
+        return [row["status"] for row in json.loads(table.read_text())]
+
+    during: list[str] = []
+    record_point(lambda: during.extend(status()))
+    assert (during, status()) == (["running"], ["finished"])
+
+
 def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
     def train() -> float:
         (point_dir / "run.json").write_text(json.dumps({"status": "finished", "finished": "2026-11-22T10:00:00Z"}))
