@@ -24,11 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Sweep
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from sidestep.config.gate import parse_overrides
+from sidestep.config.gate import UNREADABLE, explain_null, parse_overrides
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.processes import rank, slurm_job
 from sidestep.reporting.page import write_page
@@ -245,7 +247,12 @@ def _came_to(attempt: PointRecord) -> JobReturn:
 
 def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], number: int) -> str:
     """Compose a point and give the name of its folder."""
-    composed = context.config_loader.load_sweep_config(config, list(point))
+    try:
+        composed = context.config_loader.load_sweep_config(config, list(point))
+    except (HydraException, OmegaConfBaseException, *UNREADABLE):
+        raise  # and explained where it ends
+    except (ValueError, AssertionError) as error:
+        raise UserError(explain_null(error, point)) from error
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
     if composed.hydra.sweep.dir != config.hydra.sweep.dir:

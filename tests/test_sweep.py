@@ -376,6 +376,7 @@ def test_what_a_sweep_file_of_ones_own_varies_names_the_points(tmp_path, places)
         (["local=mycluter", "seed=0,1"], "local=mycluter: no "),
         (["local=foo,bar"], "local=foo: no "),
         (["hydra.sweeper.max_batch_size=0", "seed=0,1"], "hydra.sweeper.max_batch_size=0 must be a whole number"),
+        (["experiment=demo,null"], "experiment=null chooses nothing; the options are demo"),
         (["adapter=glob(zz*)"], "adapter=glob(zz*) gives adapter no value, so there are no points"),
         (["seed=range(0,0)"], "seed=range(0,0) gives seed no value"),
         (["adapter=glob(*),lora"], "adapter=glob(*),lora: glob(...) or range(...) stands alone"),

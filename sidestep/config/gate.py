@@ -67,20 +67,8 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
             return compose(command, list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, *UNREADABLE, ValueError, AssertionError) as error:
             raise UserError(_explain(error, command, overrides)) from error
-        except UNREADABLE as error:
-            raise UserError(_explain_file(error, overrides)) from error
-        except ValueError as error:  # Hydra's answer to a group that is set to null
-            groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
-            named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
-            if named is None:  # or to a number in a file that is too long to be read
-                raise UserError(_explain_file(error, overrides)) from error
-            options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
-            raise UserError(f"{named}=null chooses nothing; the options are {options}") from error
-        except AssertionError as error:  # OmegaConf's answer to a setting below one that is null
-            nothing = "a setting was typed below one that is null; choose that first, as in model_variant=base"
-            raise UserError(nothing) from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -195,6 +183,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, UNREADABLE):
         return _explain_file(error, overrides)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_null(error, overrides)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, wanted = str(error.missing_cfg_file).rpartition("/")
         if group.startswith("hydra/") and wanted in ("joblib", "optuna"):
@@ -221,6 +211,26 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         cause = error.__cause__ or error.__context__ or error
         text = f"a key or a value in a YAML file, or one that was typed, cannot be read ({type(cause).__name__})"
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def explain_null(error: Exception, overrides: Sequence[str]) -> str:
+    """Name a group that was set to null, or say that a setting is below one that is.
+
+    Args:
+        error: a ValueError or AssertionError of composing.
+        overrides: what was composed.
+
+    Raises:
+        Exception: ``error`` itself, if it is of something else.
+    """
+    if isinstance(error, AssertionError):  # OmegaConf's answer to a setting below one that is null
+        return "a setting was typed below one that is null; choose that first, as in model_variant=base"
+    groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
+    named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
+    if named is None:  # or a number in a file is too long to be read
+        return _explain_file(error, overrides)
+    options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
+    return f"{named}=null chooses nothing; the options are {options}"
 
 
 def _explain_file(error: Exception, overrides: Sequence[str]) -> str:
