@@ -33,6 +33,7 @@ from sidestep.config.gate import (
     check_keys,
     check_local,
     check_swept,
+    compose_hydra,
     compose_or_explain,
     conf_dir,
     explain,
@@ -46,7 +47,7 @@ from sidestep.config.naming import swept_keys
 from sidestep.config.settings import check_name
 from sidestep.errors import PointFailed, UserError, shared
 from sidestep.processes import join_processes, rank
-from sidestep.sweep import end_sweep, record_point
+from sidestep.sweep import check_launch, end_sweep, record_point
 from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
         check_swept(name, config, fixed, swept)
     else:
         to_dataclass(config, root)
+    check_launch(name, compose_hydra(name, overrides), fixed, swept)
     if "swept" in {field.name for field in fields(root)}:
         check_name(config.name)
         if unnamed := swept_keys(swept):

@@ -85,6 +85,12 @@ def test_where_there_is_no_slurm_nothing_runs_and_one_line_says_so(tmp_path, mon
     [
         ("train", ["dataset_dir=d", "sweep=optuna", "cluster.wait=false"], "cluster.wait=false leaves before there is"),
         ("train", ["name=k", "seed=0,1"], "dataset_dir must be set"),
+        ("train", ["dataset_dir=d", "seed=0,1", "adapter.rank=0"], "adapter.rank=0 must be at least 1"),
+        (
+            "preprocess",
+            ["audio_dir=a", "dataset_dir=d", "num_shards=2", "shard=0,1", "cluster.gpus_per_node=8"],
+            "each shard is done by one process, not by 8",
+        ),
         ("preprocess", ["audio_dir=a", "dataset_dir=d", "num_shards=2"], "shard and num_shards belong together"),
         ("preprocess", ["audio_dir=a", "dataset_dir=d%", "num_shards=1", "shard=0"], "use another dataset_dir=..."),
     ],

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import sidestep.sweep
 from sidestep import cli
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.config.gate import check_swept, compose_or_explain, parse_overrides
+from sidestep.config.gate import check_swept, compose_hydra, compose_or_explain, parse_overrides, with_params
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.report import report_command
@@ -38,7 +38,7 @@ from sidestep.reporting.runs import (
     read_plan,
     read_point,
 )
-from sidestep.sweep import launch_points, record_point
+from sidestep.sweep import check_launch, launch_points, record_point
 from sidestep.times import now
 from tests.factories import report_config
 from tests.forked import run, start
@@ -305,6 +305,38 @@ def test_what_is_read_once_for_all_points_has_one_value(typed, answer):
     with pytest.raises(UserError) as raised:
         check_swept("train", compose_or_explain("train", []), [], parse_overrides([typed]))
     assert answer in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 must be at least 1"),
+        (["cluster=slurm", "hydra/launcher=joblib"], "cluster=slurm submits the points, and hydra/launcher=joblib"),
+        (["sweep=optuna", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 must be at least 1"),
+        (["sweep=optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be at least 1"),
+        (["sweep=optuna", "adapter=glob(zz*)"], "adapter=glob(zz*): this sweep takes no glob(...)"),
+        (["sweep=optuna", "optim.lr=interval(1e-3,1e-5)"], "an interval begins below its end"),
+        (["sweep=optuna", "hydra.sweeper.storage=sqlite:////nodir/x.db"], "there is no folder /nodir"),
+        (["sweep=optuna", "adapter=oft"], "adapter.rank is a setting of"),
+        (["optim.lr=interval(1e-5,1e-3)"], "only sweep=optuna chooses from an interval"),
+    ],
+)
+def test_what_a_sweeper_or_launcher_would_break_down_at_is_refused(typed, answer):
+    with pytest.raises(UserError) as raised:
+        look_before_launch(*typed)
+    assert answer in str(raised.value)
+
+
+def test_a_sweep_that_can_begin_is_not_refused():
+    look_before_launch("sweep=optuna", "dataset_dir=d")
+    look_before_launch("cluster=slurm", "seed=0,1")
+
+
+def look_before_launch(*typed: str) -> None:
+    hydra, given = compose_hydra("train", typed), parse_overrides(with_params("train", typed))
+    last = {override.key_or_group: override for override in given}.values()
+    swept = [override for override in last if override.is_sweep_override()]
+    check_launch("train", hydra, [o.input_line for o in last if o not in swept], swept)
 
 
 class Killing:

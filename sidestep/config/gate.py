@@ -151,18 +151,18 @@ def launches_sweep(command: str, overrides: Sequence[str]) -> bool:
 
     Anything that cannot be composed is left to whoever composes it next.
     """
-    hydra = _compose_hydra(command, overrides)
+    hydra = compose_hydra(command, overrides)
     return hydra is not None and hydra.mode is RunMode.MULTIRUN
 
 
 def with_params(command: str, overrides: Sequence[str]) -> list[str]:
     """What a chosen sweep's file gives several values, as if it was typed, and then what was typed."""
-    hydra = _compose_hydra(command, overrides)
+    hydra = compose_hydra(command, overrides)
     params = (hydra.sweeper.get("params") or {}) if hydra is not None else {}
     return [*(f"{key}={value}" for key, value in params.items()), *overrides]
 
 
-def _compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
+def compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
     """Hydra's own settings for what was typed, without the swept values; None if it cannot be composed."""
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:

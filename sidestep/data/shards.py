@@ -79,8 +79,8 @@ def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], list
         listing: their hash.
 
     Returns:
-        The number of each part that is not done, and whether it was done with other songs or words; empty if the manifest
-        was written.
+        The number of each part that is not done, and whether it was done with other songs or words; empty if the
+        manifest was written.
 
     Raises:
         UserError: if the parts were made with different models or settings.
