@@ -54,6 +54,8 @@ def test_a_cluster_is_never_forgotten_for_want_of_m():
         (["cluster.partion=gpu"], "cluster.partion is not a setting; did you mean cluster.partition?"),
         (["cluster.time_minutes=1"], "cluster.signal_seconds=120 is no less than cluster.time_minutes=1"),
         (["cluster.nodes=0"], "cluster.nodes=0 must be at least 1"),
+        (["cluster.signal_seconds=0"], "cluster.signal_seconds=0 must be at least 1"),
+        (["cluster.sbatch=[--nodes=3, --exclusive]"], """: "cluster.sbatch=['--nodes=3','--exclusive']\""""),
         (["cluster.gpus_per_node=-1"], "cluster.gpus_per_node=-1 must be at least 0"),
         (["cluster.gpus_per_node=two"], "Value 'two' of type 'str' could not be converted to Integer"),
         (["cluster.sbatch=[exclude]"], "cluster.sbatch: 'exclude' must be one option, as in '--exclude=node7'"),

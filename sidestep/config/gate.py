@@ -197,6 +197,9 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         typed = error.override
         key, _, value = typed.partition("=")
+        if re.fullmatch(r"\[[^]['\"]+\]", value):  # a list of words without quotes
+            quoted = ",".join(f"'{word.strip()}'" for word in value[1:-1].split(","))
+            return f'cannot read {typed}; words with = or a space in them have quotes of their own: "{key}=[{quoted}]"'
         return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
     if (several := re.search(r"Missing mandatory value: (\w+)", text)) and "hydra.sweep.dir" in text:
         return f"{several.group(1)} decides where a sweep lies, and a sweep has one folder; type one command for each"
