@@ -36,11 +36,12 @@ def join_processes(env: MutableMapping[str, str] = os.environ) -> None:
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_STEP_ID" in env else 1
     if tasks == 1:
         return
-    if "WORLD_SIZE" in env:  # torchrun inside srun, or this function before
-        if int(env["WORLD_SIZE"]) < tasks:
+    if "WORLD_SIZE" in env:  # torchrun inside srun, which starts a group of processes in each task; or this function
+        size = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in env else "WORLD_SIZE"
+        if int(env[size]) < tasks:
             raise UserError(
-                f"srun started {tasks} tasks, but WORLD_SIZE={env['WORLD_SIZE']}, so several runs would train beside "
-                f"each other; unset WORLD_SIZE and RANK, or start one task"
+                f"srun started {tasks} tasks, but {size}={env[size]}, so several runs would train beside each other; "
+                f"unset WORLD_SIZE and RANK, start one task, or tell torchrun of all nodes instead of --standalone"
             )
         return
     if "MASTER_ADDR" not in env:

@@ -289,7 +289,7 @@ def check_launch(command: str, hydra: DictConfig | None, fixed: Sequence[str], s
     if hydra is None:
         return
     cluster, launcher = hydra.runtime.choices.get("cluster"), hydra.runtime.choices.get("hydra/launcher")
-    if cluster not in (None, "null") and not str(hydra.launcher._target_).endswith(".SlurmLauncher"):
+    if cluster not in (None, "null", "none") and not str(hydra.launcher._target_).endswith(".SlurmLauncher"):
         raise UserError(
             f"cluster={cluster} submits the points, and hydra/launcher={launcher} would run them here; leave one out"
         )

@@ -23,6 +23,7 @@ from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, lau
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.files import hashes_of
+from sidestep.preprocess import preprocess_command
 from sidestep.reporting.runs import Plan, PlannedPoint, Point, as_csv, same_point
 from sidestep.times import now
 from tests.factories import preprocess_config, train_config
@@ -65,6 +66,21 @@ def test_a_mistake_in_the_settings_of_a_cluster_is_named(typed, answer):
     with pytest.raises(UserError) as raised:
         train_config("cluster=slurm", *typed)
     assert answer in str(raised.value)
+
+
+def test_a_cluster_of_ones_own_defaults_can_be_taken_back(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /cluster: slurm\n")
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "local=mine"]
+    assert launches_sweep("train", mine)
+    assert not launches_sweep("train", [*mine, "cluster=none"])
+    assert compose_or_explain("train", [*mine, "cluster=none"]).cluster is None
+
+
+def test_several_processes_do_not_make_one_dataset(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="is made by one process, and this is one of several"):
+        preprocess_command(preprocess_config("audio_dir=a", "dataset_dir=b"))
 
 
 def test_a_part_of_a_dataset_is_done_by_one_process():

@@ -349,3 +349,7 @@ def test_tasks_that_would_each_train_alone_are_refused():
     env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1", "RANK": "0"}
     with pytest.raises(UserError, match="srun started 4 tasks, but WORLD_SIZE=1"):
         join_processes(env)
+    alone = {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}  # torchrun --standalone in each
+    with pytest.raises(UserError, match="srun started 4 tasks, but GROUP_WORLD_SIZE=1"):
+        join_processes(env | alone)
+    join_processes(env | alone | {"GROUP_WORLD_SIZE": "4"})
