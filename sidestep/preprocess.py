@@ -21,8 +21,8 @@ def preprocess_command(config: PreprocessConfig) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before they find each other in the dataset's folder
         raise UserError(
-            "a dataset, or a shard of it, is made by one process, and this is one of several; start it without torchrun; "
-            "for two processes, start shard=0 num_shards=2 beside shard=1 num_shards=2"
+            "a dataset, or a shard of it, is made by one process, and this is one of several; leave out torchrun; "
+            "for two, start shard=0 num_shards=2 beside shard=1 num_shards=2"
         )
     with quick_imports():  # here, so that a mistyped setting is answered before torch loads
         from sidestep.data.encode import preprocess

@@ -493,9 +493,17 @@ def test_a_run_that_was_typed_by_itself_and_then_in_a_sweep_is_one_row(tmp_path)
     assert all(row.settings["seed"] == "1" for row in rows)
 
 
-def test_a_single_point_that_was_not_begun_is_called_by_what_was_typed(tmp_path):
+def test_a_single_point_that_was_not_begun_is_called_by_its_folder(tmp_path):
     Plan(launched=now(), points=[PlannedPoint(overrides=["adapter=lora"], folder="a")]).write(tmp_path)
-    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["adapter=lora", "waiting"]
+    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["a", "waiting"]
+
+
+def test_a_job_that_ended_before_python_began_says_where_its_words_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep.reporting.runs.queued_jobs", dict)
+    Plan(launched=now(), points=[PlannedPoint(overrides=["seed=1"], folder="a", job="7_0")]).write(tmp_path)
+    lines = as_table(collect_points(tmp_path), tmp_path).splitlines()
+    assert lines[1].split() == ["a", "interrupted", "7_0"]
+    assert lines[2] == f"a interrupted: job 7_0 ended before it began; see {tmp_path}/.slurm/7_0"
 
 
 def test_training_losses_on_other_songs_or_models_are_not_ranked(tmp_path):
