@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -102,6 +103,7 @@ def meet(env: Mapping[str, str] = os.environ, patience: timedelta = TO_BEGIN) ->
             differ = next((f"{theirs} in process {other}" for other, theirs in others if theirs != size), "")
             store.set(f"{prefix}/differ", differ and f"{size} in process 0 and {differ}")
         if found := store.get(f"{prefix}/differ").decode():
+            time.sleep(1 if serves else 0)  # until the others have read it
             raise UserError(f"the processes of this run do not agree: WORLD_SIZE is {found}; {_TOLD_ALIKE}")
     return store
 
