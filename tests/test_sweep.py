@@ -294,11 +294,11 @@ def test_an_experiment_among_the_values_may_bring_what_is_missing():
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
-        ("cluster.partition=gpu,gpu-long", """quotes that the shell leaves: cluster.partition="'gpu,gpu-long'\""""),
-        ("cluster.nodes=range(1,3)", "cluster.nodes is the same for all points of a sweep"),
-        ("cluster=slurm,null", "a sweep has one cluster for all its points"),
-        ("local=a,b", "a sweep has one local for all its points"),
-        ("sweep=lr,rank", "a sweep has one sweep for all its points"),
+        ("cluster.partition=gpu,gpu-long", """if this is one value: cluster.partition="'gpu,gpu-long'\""""),
+        ("cluster.nodes=range(1,3)", "all points of a sweep have one cluster.nodes; type one command for each"),
+        ("cluster=slurm,null", "all points of a sweep have one cluster;"),
+        ("local=a,b", "all points of a sweep have one local;"),
+        ("sweep=lr,rank", "all points of a sweep have one sweep;"),
     ],
 )
 def test_what_is_read_once_for_all_points_has_one_value(typed, answer):

@@ -106,13 +106,10 @@ def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: S
 def _refuse_of_whole_sweep(swept: Override) -> None:
     """Refuse several values of what decides where or what a sweep is, which no point would follow."""
     key, value = swept.key_or_group, str(swept.input_line).partition("=")[2]
-    if key in ("cluster", "local", "sweep"):
-        raise UserError(f"{key}={value}: a sweep has one {key} for all its points; type one command for each")
-    if key.startswith("cluster."):
-        raise UserError(
-            f"{key}={value}: {key} is the same for all points of a sweep; type one command for each, or if this is one "
-            f"value, with quotes that the shell leaves: {key}=\"'{value}'\""
-        )
+    if key in ("cluster", "local", "sweep") or key.startswith("cluster."):
+        words = re.fullmatch(r"[\w.-]*[a-z][\w.,-]*", value)  # and not numbers, or range(...)
+        one = f"""; if this is one value: {key}="'{value}'\"""" if words and key.startswith("cluster.") else ""
+        raise UserError(f"{key}={value}: all points of a sweep have one {key}; type one command for each{one}")
 
 
 def _refuse_missing(keys: Iterable[str]) -> None:
