@@ -1,4 +1,4 @@
-"""How fast songs are read for training, how long a large dataset takes to open, and how much room music takes on disk.
+"""How fast songs are read and checked, how long a large dataset takes to open, and how much room music takes on disk.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --songs 200 --out loader.json
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
+from sidestep.data.checks import REMEMBERED
 from sidestep.data.dataset import SongDataset
 from sidestep.data.loader import read_batches
 from sidestep.data.manifest import DatasetInfo, SongRecord, write_manifest
 from sidestep.data.sampler import FRAMES_PER_SECOND, MicroBatchSampler
+from sidestep.files import sha256_of
 
 WIDTH = 2048
 SONG_SECONDS = 240
@@ -51,7 +54,9 @@ def write_songs(folder: Path, num_songs: int, lyric_tokens: int, width: int = WI
         conditions = {key: torch.randn(length, width).bfloat16() for key, length in parts.items()}
         save_file({"latents": latents}, folder / f"latents/{i}.safetensors")
         save_file(conditions, folder / f"conditions/{i}.safetensors")
-        songs.append(record(i, f"latents/{i}.safetensors", f"conditions/{i}.safetensors"))
+        names = f"latents/{i}.safetensors", f"conditions/{i}.safetensors"
+        latents_hash, conditions_hash = (sha256_of(folder / name) for name in names)
+        songs.append(replace(record(i, *names), latents_sha256=latents_hash, conditions_sha256=conditions_hash))
     write_manifest(folder, info(width), songs)
 
 
@@ -105,6 +110,20 @@ def measure_reading(folder: Path, seconds: float, batch_size: int, num_batches: 
         "examples_per_second": examples / clock,
         "seconds_of_music_per_second": examples * seconds / clock,
     }
+
+
+def measure_checking(folder: Path) -> dict[str, float]:
+    """Read every file whole, as before the first run on a dataset, and then ask only whether they are the same."""
+    dataset = SongDataset(folder, max_seconds=60, seed=0)
+    files = [path for part in ("latents", "conditions") for path in (folder / part).iterdir()]
+
+    def check_first() -> None:
+        (folder / REMEMBERED).unlink(missing_ok=True)
+        dataset.check_tensors()
+
+    first, again = least_time(check_first)[0], least_time(dataset.check_tensors)[0]
+    gb = sum(path.stat().st_size for path in files) / 1e9
+    return {"gb": gb, "cpu_seconds_per_gb": first / gb, "cpu_us_per_file_again": 1e6 * again / len(files)}
 
 
 def measure_opening(folder: Path, num_songs: int) -> dict[str, Any]:
@@ -164,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seconds, batch_size in ((30, 1), (60, 1), (60, 4), (240, 1)):
             reading = measure_reading(Path(temporary, "sung"), seconds, batch_size, typed.examples // batch_size)
             results["reading"].append(reading)
+        results["checking"] = measure_checking(Path(temporary, "densely sung"))
         write_songs(Path(temporary, "narrow"), typed.songs, LYRIC_TOKENS["sung"], width=1)
         narrow = measure_reading(Path(temporary, "narrow"), 0.08, 1, typed.examples)
         results["work_ms"] = narrow["cpu_ms_per_example"]
@@ -177,7 +197,11 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['examples_per_second']:.0f} | {row['seconds_of_music_per_second']:.0f} |"
         )
     print(f"{results['work_ms']:.2f} ms of it remain where an example holds next to nothing")
-    opening = results["opening"]
+    checking, opening = results["checking"], results["opening"]
+    print(
+        f"{checking['gb']:.2f} GB checked at {checking['cpu_seconds_per_gb']:.2f} s of CPU per GB, and again at "
+        f"{checking['cpu_us_per_file_again']:.0f} us per file"
+    )
     print(f"{opening['songs']} songs opened in {opening['seconds']:.2f} s ({opening['cpu_seconds']:.2f} s of CPU)")
     for kind, room in results["room"].items():
         print(

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -32,6 +33,7 @@ from sidestep.config.gate import (
     check_keys,
     check_own_files,
     check_swept,
+    compose_hydra,
     compose_or_explain,
     conf_dir,
     explain,
@@ -45,7 +47,7 @@ from sidestep.config.naming import swept_keys
 from sidestep.config.settings import check_name
 from sidestep.errors import PointFailed, UserError, shared
 from sidestep.processes import join_processes, rank
-from sidestep.sweep import end_sweep, record_point
+from sidestep.sweep import check_launch, end_sweep, record_point
 from sidestep.training.signals import Interrupted, noting_interrupts
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK":
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a disk, which come without a file's name where an open file is written."""
+
+TABLE_SECONDS = 60
+"""How long the other processes of a failed sweep stay for process 0 to end first; it may be waiting for one of them."""
 
 
 def run_command(command: str, root: type[Any], task: Callable[[Any], Any]) -> None:
@@ -109,8 +114,9 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
         with _naming_files(lambda: _folder_of(typed.config_name or command, typed)):  # Hydra's own files
             hydra.main(version_base=VERSION_BASE, config_path=str(conf_dir()), config_name=command)(_job(root, task))()
     except PointFailed:
-        if rank() == 0:  # torchrun ends the others with the first that fails, and process 0 has a table to print
-            sys.exit(1)
+        if rank() != 0:  # torchrun ends all of them with the first that fails, and process 0 has a table to print
+            time.sleep(TABLE_SECONDS)
+        sys.exit(1)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     except UserError as error:
@@ -151,6 +157,7 @@ def _check(command: str, root: type[Any], typed: Any) -> None:
         check_swept(name, config, fixed, swept)
     else:
         to_dataclass(config, root)
+    check_launch(name, compose_hydra(name, overrides), fixed, swept)
     if "swept" in {field.name for field in fields(root)}:
         check_name(config.name)
         if unnamed := swept_keys(swept):
@@ -168,11 +175,14 @@ def _job(root: type[Any], task: Callable[[Any], Any]) -> Callable[[DictConfig], 
 
     def job(config: DictConfig) -> Any:
         join_processes()
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        swept = HydraConfig.get().mode is RunMode.MULTIRUN
+        if swept and "sweep" in HydraConfig.get().callbacks:
             return record_point(lambda: logged(config))
         try:
             return logged(config)
-        except UserError:
+        except (UserError, SystemExit) as error:
+            if swept:  # of a command whose points have no folders, as report; the others go on
+                raise PointFailed(str(error)) from None
             sys.exit(1)
 
     def logged(config: DictConfig) -> Any:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from sidestep.cli import quick_imports, run_command
 from sidestep.config.settings import PreprocessConfig
+from sidestep.errors import UserError
 
 log = logging.getLogger("sidestep.preprocess")  # __main__ would not be a child of the sidestep logger
 
 
 def preprocess_command(config: PreprocessConfig) -> None:
-    """Preprocess, say what was done, and exit with 1 if a song failed."""
+    """Preprocess, say what was done, and exit with 1 if a song failed.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before they find each other in the dataset's folder
+        raise UserError(
+            "a dataset, or a shard of it, is made by one process, and this is one of several; leave out torchrun; "
+            "for two, start shard=0 num_shards=2 beside shard=1 num_shards=2"
+        )
     with quick_imports():  # here, so that a mistyped setting is answered before torch loads
         from sidestep.data.encode import preprocess
 

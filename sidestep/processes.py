@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,10 @@ from sidestep.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+TO_BEGIN = timedelta(minutes=5)
+"""How long the processes of a run wait for the last of them to begin; one may import PyTorch from a slow disk."""
 
 
 def join_processes(env: MutableMapping[str, str] = os.environ) -> None:
@@ -32,11 +37,12 @@ def join_processes(env: MutableMapping[str, str] = os.environ) -> None:
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_STEP_ID" in env else 1
     if tasks == 1:
         return
-    if "WORLD_SIZE" in env:  # torchrun inside srun, or this function before
-        if int(env["WORLD_SIZE"]) < tasks:
+    if "WORLD_SIZE" in env:  # torchrun inside srun, which starts a group of processes in each task; or this function
+        size = "GROUP_WORLD_SIZE" if "GROUP_WORLD_SIZE" in env else "WORLD_SIZE"
+        if int(env[size]) < tasks:
             raise UserError(
-                f"srun started {tasks} tasks, but WORLD_SIZE={env['WORLD_SIZE']}, so several runs would train beside "
-                f"each other; unset WORLD_SIZE and RANK, or start one task"
+                f"srun started {tasks} tasks, but {size}={env[size]}, so several runs would train beside each other; "
+                f"unset WORLD_SIZE and RANK, start one task, or tell torchrun of all nodes instead of --standalone"
             )
         return
     if "MASTER_ADDR" not in env:
@@ -59,6 +65,71 @@ def slurm_job() -> str:
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID", "")
+
+
+def meet(env: Mapping[str, str] = os.environ, patience: timedelta = TO_BEGIN) -> Any:
+    """Wait until all processes of a run are there, and compare how many each of them was told there are.
+
+    torch would let those that were told different numbers wait for each other, without a word, for up to half an hour.
+
+    Args:
+        env: what the launcher told this process.
+        patience: how long to wait.
+
+    Returns:
+        What process 0 must hold until the processes are connected; None for a process by itself.
+
+    Raises:
+        UserError: in every process, if they were told different numbers or do not find each other.
+    """
+    told = {key: env.get(key, "") for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    number, size = int(told["RANK"] or 0), int(told["WORLD_SIZE"] or 1)
+    if number >= size:
+        raise UserError(f"RANK={number} is no process of WORLD_SIZE={size}; {_TOLD_ALIKE}")
+    if size == 1 or not all(told.values()):
+        return None
+    with finding_each_other(size):
+        from torch.distributed import TCPStore, is_initialized
+
+        if is_initialized():  # for an earlier point of a sweep
+            return None
+        serves = number == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # which torchrun does by itself
+        address = told["MASTER_ADDR"], int(told["MASTER_PORT"])
+        store = TCPStore(*address, is_master=serves, timeout=patience, wait_for_workers=False, multi_tenant=True)
+        prefix = f"sidestep/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store.set(f"{prefix}/{number}", str(size))
+        if number == 0:
+            others = ((other, int(store.get(f"{prefix}/{other}"))) for other in range(size))
+            differ = next((f"{theirs} in process {other}" for other, theirs in others if theirs != size), "")
+            store.set(f"{prefix}/differ", differ and f"{size} in process 0 and {differ}")
+        if found := store.get(f"{prefix}/differ").decode():
+            time.sleep(1 if serves else 0)  # until the others have read it
+            raise UserError(f"the processes of this run do not agree: WORLD_SIZE is {found}; {_TOLD_ALIKE}")
+    return store
+
+
+_TOLD_ALIKE = "start all of them with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and each with a RANK of its own"
+
+
+@contextmanager
+def finding_each_other(num_processes: int) -> Iterator[None]:
+    """Around what connects the processes of a run.
+
+    Raises:
+        UserError: in place of torch's errors, where one of them is gone or never came.
+    """
+    if num_processes == 1:
+        yield
+        return
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the {num_processes} processes of this run did not find each other ({said:.200}); {_TOLD_ALIKE}"
+        ) from error
 
 
 def check_together(facts: Mapping[str, Any]) -> None:

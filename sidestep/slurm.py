@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sidestep.config.cluster import SlurmConfig
+from sidestep.config.gate import to_dataclass
 from sidestep.errors import PointFailed, UserError
 from sidestep.files import hashes_of
 from sidestep.processes import rank, slurm_job
@@ -199,6 +200,8 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
             log.info("%s is in the queue already, as job %s", folder, jobs[number])
         else:
             todo.append(number)
+    if len(todo) == len(points):
+        _refuse_unless_one_can_begin(job, points)
     with _cancelling_on_ctrl_c(jobs):  # of which more and more are known
         for start in range(0, len(todo), ARRAY_SIZE):
             numbers = todo[start : start + ARRAY_SIZE]
@@ -219,6 +222,27 @@ def launch(job: SlurmJob, points: Sequence[Sequence[str]], first_number: int) ->
         else _result(points[number], folders[number], jobs[number])
         for number in range(len(points))
     ]
+
+
+def _refuse_unless_one_can_begin(job: SlurmJob, points: Sequence[Sequence[str]]) -> None:
+    """Refuse points of which each would fail at its settings, before they wait in the queue for it.
+
+    Raises:
+        UserError: with what is wrong with the first.
+    """
+    refused = []
+    for overrides in points:
+        config = job.point_config(overrides)
+        with open_dict(config):
+            del config["hydra"]
+        try:
+            to_dataclass(config, cast(type[Any], OmegaConf.get_type(config)))
+            return
+        except UserError as error:
+            refused.append(str(error))
+    if refused:
+        others = f"; none of the {len(refused)} points can begin, and this is the first"
+        raise UserError(refused[0] + (others if len(set(refused)) > 1 else ""))
 
 
 def submit(job: SlurmJob, cluster: SlurmConfig, sweep_dir: Path, points: Sequence[tuple[list[str], int]]) -> list[str]:

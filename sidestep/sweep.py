@@ -17,18 +17,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Sweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, Sweep
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from sidestep.config.gate import parse_overrides
+from sidestep.config.gate import UNREADABLE, compose_or_explain, explain_null, parse_overrides
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.processes import rank, slurm_job
 from sidestep.reporting.page import write_page
@@ -50,6 +52,9 @@ from sidestep.times import now
 from sidestep.training.signals import Interrupted
 
 log = logging.getLogger(__name__)
+
+MANY_POINTS = 100
+"""More make the table of a sweep be written now and then, and not whenever a point begins or ends."""
 
 _launched: list[Path] = []
 """Folder of the sweep that this process launched, if it did."""
@@ -116,12 +121,13 @@ def sweep_grid(sweeper: Any, typed: Sequence[str]) -> list[Sequence[JobReturn]]:
     batches = sweeper.split_arguments(parsed, size)
     folders: dict[str, Sequence[str]] = {}
     returned: list[Sequence[JobReturn]] = []
-    keeps_plan = rank() == 0 and "sweep" in config.hydra.callbacks
+    has_folders = "sweep" in config.hydra.callbacks  # not where a command only looks or converts
+    keeps_plan = rank() == 0 and has_folders
     for batch in batches:
         planned = []
         for number, point in enumerate(batch, start=len(folders)):
             folder = _folder_of(sweeper.hydra_context, config, point, number)
-            if (other := folders.setdefault(folder, point)) is not point:
+            if (other := folders.setdefault(folder if has_folders else str(number), point)) is not point:
                 raise UserError(_are_one_point(other, point, sweep_dir / folder))
             planned.append(PlannedPoint(overrides=list(point), folder=folder))
         if keeps_plan and not returned:
@@ -241,7 +247,12 @@ def _came_to(attempt: PointRecord) -> JobReturn:
 
 def _folder_of(context: HydraContext, config: DictConfig, point: Sequence[str], number: int) -> str:
     """Compose a point and give the name of its folder."""
-    composed = context.config_loader.load_sweep_config(config, list(point))
+    try:
+        composed = context.config_loader.load_sweep_config(config, list(point))
+    except (HydraException, OmegaConfBaseException, *UNREADABLE):
+        raise  # and explained where it ends
+    except (ValueError, AssertionError) as error:
+        raise UserError(explain_null(error, point)) from error
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
     if composed.hydra.sweep.dir != config.hydra.sweep.dir:
@@ -261,6 +272,52 @@ def _are_one_point(one: Sequence[str], other: Sequence[str], folder: Path) -> st
 def is_grid(sweeper: DictConfig) -> bool:
     """Whether all points of a sweep are known before any is launched."""
     return str(sweeper._target_).endswith((".GridSweeper", ".BasicSweeper"))
+
+
+def check_launch(command: str, hydra: DictConfig | None, fixed: Sequence[str], swept: Sequence[Override]) -> None:
+    """Refuse what the sweeper or the launcher would break down at.
+
+    Args:
+        command: name of the YAML in conf/.
+        hydra: Hydra's settings.
+        fixed: what was typed with one value.
+        swept: what was given several.
+
+    Raises:
+        UserError: naming it.
+    """
+    if hydra is None:
+        return
+    cluster, launcher = hydra.runtime.choices.get("cluster"), hydra.runtime.choices.get("hydra/launcher")
+    if cluster not in (None, "null", "none") and not str(hydra.launcher._target_).endswith(".SlurmLauncher"):
+        raise UserError(
+            f"cluster={cluster} submits the points, and hydra/launcher={launcher} would run them here; leave one out"
+        )
+    for part, key in (("launcher", "n_jobs"), ("sweeper", "n_jobs"), ("sweeper", "n_trials")):
+        number = hydra[part].get(key)
+        if isinstance(number, int) and (number == 0 or (number < 0 and part == "sweeper")):  # joblib's -1 is all cores
+            raise UserError(f"hydra.{part}.{key}={number} must be at least 1")
+    if is_grid(hydra.sweeper):
+        for override in swept:
+            if not override.is_discrete_sweep():
+                raise UserError(f"{override.input_line}: only sweep=optuna chooses from an interval; name the values")
+        return
+    folder = Path(str(hydra.sweeper.get("storage")).removeprefix("sqlite:///")).parent
+    if str(hydra.sweeper.get("storage")).startswith("sqlite:///") and not folder.is_dir():
+        raise UserError(f"hydra.sweeper.storage={hydra.sweeper.storage}: there is no folder {folder}")
+    point = []
+    for override in swept:
+        values = override.value()
+        if isinstance(values, Glob):
+            raise UserError(f"{override.input_line}: this sweep takes no glob(...); name the values")
+        if isinstance(values, IntervalSweep):
+            low, high = cast(float, values.start), cast(float, values.end)
+            if low > high:
+                raise UserError(f"{override.input_line}: an interval begins below its end")
+            point.append(f"{override.key_or_group}={low}")
+        else:
+            point.append(f"{override.key_or_group}={next(override.sweep_string_iterator(), 'null')}")
+    compose_or_explain(command, [*fixed, *point])  # since it chooses its points too late
 
 
 def points_of(sweeper: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
@@ -318,6 +375,7 @@ def _attempt(run: Callable[[], Any]) -> Any:
         if before is not None:
             _refuse_if_busy(before, attempt, folder)
         attempt.write(folder)
+        update_tables(folder.parent)
     began = time.monotonic()
     result, in_all = None, False
     try:
@@ -381,7 +439,8 @@ def update_tables(sweep_dir: Path) -> None:
     table = sweep_dir / "sweep.json"
     if table.exists():
         num_points = len(os.listdir(sweep_dir))
-        if time.time() - table.stat().st_mtime < num_points / 25:  # one per cent of the time, at 0.4 ms for a point
+        pause = num_points / 25  # one per cent of the time, at 0.4 ms for a point
+        if num_points > MANY_POINTS and time.time() - table.stat().st_mtime < pause:
             return
     write_tables(sweep_dir, collect_points(sweep_dir))
 

@@ -65,6 +65,7 @@ def test_the_loader_is_measured_on_songs_in_real_sizes(tmp_path, capsys):
     assert [row["excerpt_seconds"] for row in results["reading"]] == [30, 60, 60, 240]
     assert results["opening"]["songs"] == 50
     assert results["work_ms"] > 0
+    assert results["checking"]["cpu_seconds_per_gb"] > 0
     room = results["room"]
     assert room["instrumental"]["times_less"] > 4  # 85 of 769 tokens are there, and no context
     assert room["sung"]["times_less"] > 2

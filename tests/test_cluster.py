@@ -23,6 +23,7 @@ from sidestep.config.gate import VERSION_BASE, compose_or_explain, conf_dir, lau
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
 from sidestep.files import hashes_of
+from sidestep.preprocess import preprocess_command
 from sidestep.reporting.runs import Plan, PlannedPoint, Point, as_csv, same_point
 from sidestep.times import now
 from tests.factories import preprocess_config, train_config
@@ -54,6 +55,8 @@ def test_a_cluster_is_never_forgotten_for_want_of_m():
         (["cluster.partion=gpu"], "cluster.partion is not a setting; did you mean cluster.partition?"),
         (["cluster.time_minutes=1"], "cluster.signal_seconds=120 is no less than cluster.time_minutes=1"),
         (["cluster.nodes=0"], "cluster.nodes=0 must be at least 1"),
+        (["cluster.signal_seconds=0"], "cluster.signal_seconds=0 must be at least 1"),
+        (["cluster.sbatch=[--nodes=3, --exclusive]"], """: "cluster.sbatch=['--nodes=3','--exclusive']\""""),
         (["cluster.gpus_per_node=-1"], "cluster.gpus_per_node=-1 must be at least 0"),
         (["cluster.gpus_per_node=two"], "Value 'two' of type 'str' could not be converted to Integer"),
         (["cluster.sbatch=[exclude]"], "cluster.sbatch: 'exclude' must be one option, as in '--exclude=node7'"),
@@ -63,6 +66,21 @@ def test_a_mistake_in_the_settings_of_a_cluster_is_named(typed, answer):
     with pytest.raises(UserError) as raised:
         train_config("cluster=slurm", *typed)
     assert answer in str(raised.value)
+
+
+def test_a_cluster_of_ones_own_defaults_can_be_taken_back(tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /cluster: slurm\n")
+    mine = [f"hydra.searchpath=[file://{tmp_path}]", "local=mine"]
+    assert launches_sweep("train", mine)
+    assert not launches_sweep("train", [*mine, "cluster=none"])
+    assert compose_or_explain("train", [*mine, "cluster=none"]).cluster is None
+
+
+def test_several_processes_do_not_make_one_dataset(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="is made by one process, and this is one of several"):
+        preprocess_command(preprocess_config("audio_dir=a", "dataset_dir=b"))
 
 
 def test_a_part_of_a_dataset_is_done_by_one_process():
@@ -85,6 +103,12 @@ def test_where_there_is_no_slurm_nothing_runs_and_one_line_says_so(tmp_path, mon
     [
         ("train", ["dataset_dir=d", "sweep=optuna", "cluster.wait=false"], "cluster.wait=false leaves before there is"),
         ("train", ["name=k", "seed=0,1"], "dataset_dir must be set"),
+        ("train", ["dataset_dir=d", "seed=0,1", "adapter.rank=0"], "adapter.rank=0 must be at least 1"),
+        (
+            "preprocess",
+            ["audio_dir=a", "dataset_dir=d", "num_shards=2", "shard=0,1", "cluster.gpus_per_node=8"],
+            "each shard is done by one process, not by 8",
+        ),
         ("preprocess", ["audio_dir=a", "dataset_dir=d", "num_shards=2"], "shard and num_shards belong together"),
         ("preprocess", ["audio_dir=a", "dataset_dir=d%", "num_shards=1", "shard=0"], "use another dataset_dir=..."),
     ],

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from sidestep.cli import run_command
 from sidestep.config.settings import TrainConfig
 from sidestep.errors import UserError
-from sidestep.processes import join_processes
+from sidestep.processes import join_processes, meet
 from sidestep.train import train_command
-from sidestep.training.loop import train
+from sidestep.training.loop import refuse_environment, train
 from sidestep.training.signals import Interrupted
 from sidestep.training.state import TrainingState
 from tests.factories import choices_of, train_config
@@ -277,6 +279,55 @@ def test_torchrun_starts_one_run_of_several_processes(tmp_path, typed):
     assert done.stderr.count("saved outputs") == 1
 
 
+def meeting(*sizes: int) -> list[str]:
+    """What each of several processes answers that were told different numbers of them; empty if nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def answer(number: int) -> str:
+        env = {"RANK": str(number), "WORLD_SIZE": str(sizes[number]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        try:
+            held.append(meet(env, patience=timedelta(seconds=1)))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    held: list[object] = []
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        return list(threads.map(answer, range(len(sizes))))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])
+def test_processes_that_were_told_different_numbers_of_them_say_so_at_once(sizes):
+    for answer in meeting(*sizes):
+        assert f"do not agree: WORLD_SIZE is {sizes[0]} in process 0 and {sizes[1]} in process 1; start all" in answer
+
+
+def test_processes_meet_and_one_that_never_comes_is_not_waited_for_in_silence():
+    assert meeting(2, 2) == ["", ""]
+    (answer,) = meeting(2)
+    assert answer.startswith("the 2 processes of this run did not find each other")
+    with pytest.raises(UserError, match="RANK=1 is no process of WORLD_SIZE=1"):
+        meet({"RANK": "1", "WORLD_SIZE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER"),
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("ACCELERATE_USE_DEEPSPEED", "1"),
+    ],
+)
+def test_what_the_environment_would_change_about_a_run_is_refused(key, value):
+    with pytest.raises(UserError, match=f"{key}={value} is set in the environment"):
+        refuse_environment({key: value})
+    launched = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+    refuse_environment(launched | {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_MIXED_PRECISION": "bf16"})
+
+
 def test_the_tasks_of_a_slurm_step_become_processes_of_one_run():
     env = {
         "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
@@ -297,3 +348,7 @@ def test_tasks_that_would_each_train_alone_are_refused():
     env = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "1", "RANK": "0"}
     with pytest.raises(UserError, match="srun started 4 tasks, but WORLD_SIZE=1"):
         join_processes(env)
+    alone = {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}  # torchrun --standalone in each
+    with pytest.raises(UserError, match="srun started 4 tasks, but GROUP_WORLD_SIZE=1"):
+        join_processes(env | alone)
+    join_processes(env | alone | {"GROUP_WORLD_SIZE": "4"})

@@ -337,6 +337,15 @@ def test_a_run_is_named_after_what_was_typed_for_it(typed, name):
     assert run_name("lora", "turbo", typed, "first") == name
 
 
+def test_of_a_setting_that_is_typed_twice_the_last_names_the_run():
+    assert run_name("lora", "base", ["optim.lr=1e-4", "seed=1", "optim.lr=3e-4"], "x") == "lora-base-lr0.0003-seed1"
+
+
+def test_a_folder_is_the_same_with_a_slash_behind_it():
+    names = {run_name("lora", "base", ["swept=[dataset_dir]", f"dataset_dir={a}"], "x") for a in ("a", "a/", "./a")}
+    assert names == {"lora-base-a"}
+
+
 def test_run_names_ignore_order_and_spelling_and_stay_short():
     names = {
         run_name("lora", "base", overrides, "x")

@@ -10,7 +10,7 @@ import pytest
 from sidestep.acestep.toy import make_toy_songs
 from sidestep.data.encode import preprocess
 from sidestep.data.manifest import DatasetInfo, read_manifest
-from sidestep.data.shards import Shard, merge_shards, shard_folder, write_shard
+from sidestep.data.shards import Shard, hash_listing, merge_shards, shard_folder, write_shard
 from sidestep.data.songs import read_songs
 from sidestep.errors import UserError
 from tests.factories import preprocess_config
@@ -55,7 +55,15 @@ def test_a_lost_part_is_run_again_and_what_it_had_done_is_kept(tmp_path, songs, 
 
     (songs / "01-paper-boats.caption.txt").write_text("another caption")
     changed = preprocess(preprocess_config(*common, "num_shards=2", "shard=0"))
-    assert "still to do: 1" in str(changed)  # which was done with the words of before
+    assert "still to do: 1 (which was done with other songs or words)" in str(changed)
+
+
+def test_parts_are_of_the_same_songs_however_their_folder_is_typed(songs, monkeypatch):
+    monkeypatch.chdir(songs.parent)
+    spelled = [hash_listing(read_songs(folder).songs) for folder in (songs, Path("songs"), Path("songs/../songs"))]
+    assert len(set(spelled)) == 1
+    (songs / "04-low-tide.flac").unlink()
+    assert hash_listing(read_songs(songs).songs) != spelled[0]
 
 
 def test_a_part_none_of_whose_songs_can_be_used_does_not_stop_the_others(tmp_path, songs, checkpoint_dir):
@@ -81,7 +89,7 @@ def test_an_entry_that_cannot_be_used_is_told_by_one_part_only(tmp_path, songs, 
 def test_parts_made_with_other_settings_are_not_mixed(tmp_path, songs, checkpoint_dir):
     common = typed(songs, tmp_path / "data", checkpoint_dir)
     preprocess(preprocess_config(*common, "num_shards=2", "shard=0", "seed=1"))
-    with pytest.raises(UserError, match="shard=1 of 2 was made with other settings than the rest"):
+    with pytest.raises(UserError, match="shard=0 and shard=1 of 2 were made with different seed; run one"):
         preprocess(preprocess_config(*common, "num_shards=2", "shard=1"))
 
 
@@ -120,5 +128,5 @@ def test_a_part_whose_record_has_values_of_another_kind_is_to_be_done_again(tmp_
     whole = json.loads((folder / "shard.json").read_text())
     changed = {key: whole[key] | value if key == "info" else value for key, value in damage.items()}
     (folder / "shard.json").write_text(json.dumps(whole | changed))
-    assert merge_shards(tmp_path, 1, [], "x") == [0]
+    assert merge_shards(tmp_path, 1, [], "x") == ["0"]
     assert "shard.json cannot be understood" in caplog.text

@@ -22,8 +22,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from safetensors.torch import load_file
 
 import sidestep.sweep
+from sidestep import cli
 from sidestep.acestep.checkpoint import Checkpoint
-from sidestep.config.gate import check_swept, compose_or_explain, parse_overrides
+from sidestep.config.gate import check_swept, compose_hydra, compose_or_explain, parse_overrides, with_params
+from sidestep.config.settings import TrainConfig
 from sidestep.errors import PointFailed, SharedError, UserError
 from sidestep.report import report_command
 from sidestep.reporting.runs import (
@@ -36,7 +38,7 @@ from sidestep.reporting.runs import (
     read_plan,
     read_point,
 )
-from sidestep.sweep import launch_points, record_point
+from sidestep.sweep import check_launch, launch_points, record_point
 from sidestep.times import now
 from tests.factories import report_config
 from tests.forked import run, start
@@ -215,6 +217,60 @@ def test_a_record_that_cannot_be_written_ends_a_sweep_of_several_processes(point
     assert "No space left on device" in caplog.text
 
 
+def test_the_other_processes_of_a_failed_sweep_end_after_process_0_and_with_an_error(monkeypatch):
+    """With exit code 0, torchrun would leave process 0 waiting for what only they were refused."""
+
+    def main(**options):
+        def job(task):
+            def fail() -> None:
+                waited.append(0)
+                raise PointFailed("of a setting", in_all=True)
+
+            return fail
+
+        return job
+
+    monkeypatch.setattr(cli, "_check", lambda *arguments: None)
+    monkeypatch.setattr(cli.hydra, "main", main)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: waited.append(seconds))
+    monkeypatch.setattr("sys.argv", ["sidestep.train", "-m"])
+    for number, expected in (("0", [0]), ("1", [0, cli.TABLE_SECONDS])):
+        waited: list[float] = []
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as ended:
+            cli._run("train", TrainConfig, lambda config: None, cli.read_arguments()[0])
+        assert (ended.value.code, waited) == (1, expected)
+
+
+def test_several_values_for_a_command_that_only_looks_leave_no_records(tmp_path):
+    """What lies in the current folder is somebody's own, whatever it is called."""
+    for name in "ab":
+        (tmp_path / name / "x").mkdir(parents=True)
+        PointRecord(overrides=["seed=1"], status="finished", objective=0.5).write(tmp_path / name / "x")
+    own = [tmp_path / "sweep.csv", tmp_path / "0/point.json"]
+    own[1].parent.mkdir()
+    for path in own:
+        path.write_text("mine")
+    code, text = run(tmp_path, "-m", "sweep_dir=a,no,b", command="report")
+    assert code == 1
+    assert "sweep_dir=no holds no sweep" in text
+    assert text.count("1 finished") == 2
+    assert [path.read_text() for path in own] == ["mine", "mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "a", "b", "sweep.csv", "out-0.txt"}
+
+
+def test_while_a_point_is_done_the_tables_say_so(point_dir):
+    table = point_dir.parent / "sweep.json"
+    table.write_text("[]")  # a moment ago, as at the end of the point before
+
+    def status() -> list[str]:
+        return [row["status"] for row in json.loads(table.read_text())]
+
+    during: list[str] = []
+    record_point(lambda: during.extend(status()))
+    assert (during, status()) == (["running"], ["finished"])
+
+
 def test_a_finished_point_that_is_typed_again_keeps_its_time(point_dir):
     def train() -> float:
         (point_dir / "run.json").write_text(json.dumps({"status": "finished", "finished": "2026-11-22T10:00:00Z"}))
@@ -233,6 +289,54 @@ def test_an_experiment_among_the_values_may_bring_what_is_missing():
     check_swept("train", compose_or_explain("train", ["name=s"]), ["name=s"], given)
     with pytest.raises(UserError, match="dataset_dir must be set"):
         check_swept("train", compose_or_explain("train", ["name=s"]), ["name=s"], given[1:])
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("cluster.partition=gpu,gpu-long", """if this is one value: cluster.partition="'gpu,gpu-long'\""""),
+        ("cluster.nodes=range(1,3)", "all points of a sweep have one cluster.nodes; type one command for each"),
+        ("cluster=slurm,null", "all points of a sweep have one cluster;"),
+        ("local=a,b", "all points of a sweep have one local;"),
+        ("sweep=lr,rank", "all points of a sweep have one sweep;"),
+    ],
+)
+def test_what_is_read_once_for_all_points_has_one_value(typed, answer):
+    with pytest.raises(UserError) as raised:
+        check_swept("train", compose_or_explain("train", []), [], parse_overrides([typed]))
+    assert answer in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0 must be at least 1"),
+        (["cluster=slurm", "hydra/launcher=joblib"], "cluster=slurm submits the points, and hydra/launcher=joblib"),
+        (["sweep=optuna", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 must be at least 1"),
+        (["sweep=optuna", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be at least 1"),
+        (["sweep=optuna", "adapter=glob(zz*)"], "adapter=glob(zz*): this sweep takes no glob(...)"),
+        (["sweep=optuna", "optim.lr=interval(1e-3,1e-5)"], "an interval begins below its end"),
+        (["sweep=optuna", "hydra.sweeper.storage=sqlite:////nodir/x.db"], "there is no folder /nodir"),
+        (["sweep=optuna", "adapter=oft"], "adapter.rank is a setting of"),
+        (["optim.lr=interval(1e-5,1e-3)"], "only sweep=optuna chooses from an interval"),
+    ],
+)
+def test_what_a_sweeper_or_launcher_would_break_down_at_is_refused(typed, answer):
+    with pytest.raises(UserError) as raised:
+        look_before_launch(*typed)
+    assert answer in str(raised.value)
+
+
+def test_a_sweep_that_can_begin_is_not_refused():
+    look_before_launch("sweep=optuna", "dataset_dir=d")
+    look_before_launch("cluster=slurm", "seed=0,1")
+
+
+def look_before_launch(*typed: str) -> None:
+    hydra, given = compose_hydra("train", typed), parse_overrides(with_params("train", typed))
+    last = {override.key_or_group: override for override in given}.values()
+    swept = [override for override in last if override.is_sweep_override()]
+    check_launch("train", hydra, [o.input_line for o in last if o not in swept], swept)
 
 
 class Killing:
@@ -305,6 +409,7 @@ def test_what_a_sweep_file_of_ones_own_varies_names_the_points(tmp_path, places)
         (["local=foo,bar"], "local=foo: no "),
         (["local=null"], "local=null: no "),
         (["hydra.sweeper.max_batch_size=0", "seed=0,1"], "hydra.sweeper.max_batch_size=0 must be a whole number"),
+        (["experiment=demo,null"], "experiment=null chooses nothing; the options are demo"),
         (["adapter=glob(zz*)"], "adapter=glob(zz*) gives adapter no value, so there are no points"),
         (["seed=range(0,0)"], "seed=range(0,0) gives seed no value"),
         (["adapter=glob(*),lora"], "adapter=glob(*),lora: glob(...) or range(...) stands alone"),
@@ -403,9 +508,17 @@ def test_a_run_that_was_typed_by_itself_and_then_in_a_sweep_is_one_row(tmp_path)
     assert all(row.settings["seed"] == "1" for row in rows)
 
 
-def test_a_single_point_that_was_not_begun_is_called_by_what_was_typed(tmp_path):
+def test_a_single_point_that_was_not_begun_is_called_by_its_folder(tmp_path):
     Plan(launched=now(), points=[PlannedPoint(overrides=["adapter=lora"], folder="a")]).write(tmp_path)
-    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["adapter=lora", "waiting"]
+    assert as_table(collect_points(tmp_path), tmp_path).splitlines()[1].split() == ["a", "waiting"]
+
+
+def test_a_job_that_ended_before_python_began_says_where_its_words_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("sidestep.reporting.runs.queued_jobs", dict)
+    Plan(launched=now(), points=[PlannedPoint(overrides=["seed=1"], folder="a", job="7_0")]).write(tmp_path)
+    lines = as_table(collect_points(tmp_path), tmp_path).splitlines()
+    assert lines[1].split() == ["a", "interrupted", "7_0"]
+    assert lines[2] == f"a interrupted: job 7_0 ended before it began; see {tmp_path}/.slurm/7_0"
 
 
 def test_training_losses_on_other_songs_or_models_are_not_ranked(tmp_path):

@@ -14,7 +14,7 @@ class SlurmConfig:
     """One Slurm job per point, submitted as arrays; a setting left null is not mentioned to Slurm."""
 
     partition: str | None = None
-    """Partition, or several with commas: 'gpu,gpu-long'."""
+    """Partition, or several with commas in two pairs of quotes: cluster.partition="'gpu,gpu-long'"."""
     account: str | None = None
     """Account that pays."""
     qos: str | None = None
@@ -61,15 +61,11 @@ class SlurmConfig:
         return self.nodes * self.processes_on_a_node
 
     def __post_init__(self) -> None:
-        counts = {key: getattr(self, key) for key in ("time_minutes", "nodes", "cpus_per_process", "array_width")}
-        for key, value in {
-            **counts,
-            "processes_per_node": self.processes_per_node,
-            "memory_gib": self.memory_gib,
-        }.items():
-            if value is not None and value < 1:
+        counts = ("time_minutes", "nodes", "processes_per_node", "cpus_per_process", "memory_gib", "array_width")
+        for key in (*counts, "signal_seconds"):
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"cluster.{key}={value} must be at least 1")
-        for key in ("gpus_per_node", "signal_seconds", "max_requeues"):
+        for key in ("gpus_per_node", "max_requeues"):
             if getattr(self, key) < 0:
                 raise UserError(f"cluster.{key}={getattr(self, key)} must be at least 0")
         if 60 * self.time_minutes <= self.signal_seconds:

@@ -77,20 +77,8 @@ def compose_or_explain(command: str, overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
             return compose(command, list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, *UNREADABLE, ValueError, AssertionError) as error:
             raise UserError(_explain(error, command, overrides)) from error
-        except UNREADABLE as error:
-            raise UserError(_explain_file(error, overrides)) from error
-        except ValueError as error:  # Hydra's answer to a group that is set to null
-            groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
-            named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
-            if named is None:  # or to a number in a file that is too long to be read
-                raise UserError(_explain_file(error, overrides)) from error
-            options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
-            raise UserError(f"{named}=null chooses nothing; the options are {options}") from error
-        except AssertionError as error:  # OmegaConf's answer to a setting below one that is null
-            nothing = "a setting was typed below one that is null; choose that first, as in model_variant=base"
-            raise UserError(nothing) from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
@@ -102,7 +90,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: Sequence[Override]) -> None:
-    """Refuse a setting that every point of a sweep lacks.
+    """Refuse a setting that every point of a sweep lacks, and several values of what is read once for all of them.
 
     Args:
         command: name of the YAML in conf/.
@@ -113,6 +101,8 @@ def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: S
     Raises:
         UserError: naming it.
     """
+    for override in swept:
+        _refuse_of_whole_sweep(override)
     missing = OmegaConf.missing_keys(config) - {o.key_or_group for o in swept}
     for override in swept:
         if missing and override.is_discrete_sweep():
@@ -121,6 +111,15 @@ def check_swept(command: str, config: DictConfig, fixed: Sequence[str], swept: S
                 with contextlib.suppress(UserError):  # of one point only
                     missing &= OmegaConf.missing_keys(compose_or_explain(command, [*fixed, typed]))
     _refuse_missing(missing)
+
+
+def _refuse_of_whole_sweep(swept: Override) -> None:
+    """Refuse several values of what decides where or what a sweep is, which no point would follow."""
+    key, value = swept.key_or_group, str(swept.input_line).partition("=")[2]
+    if key in ("cluster", "local", "sweep") or key.startswith("cluster."):
+        words = re.fullmatch(r"[\w.-]*[a-z][\w.,-]*", value)  # and not numbers, or range(...)
+        one = f"""; if this is one value: {key}="'{value}'\"""" if words and key.startswith("cluster.") else ""
+        raise UserError(f"{key}={value}: all points of a sweep have one {key}; type one command for each{one}")
 
 
 def _refuse_missing(keys: Iterable[str]) -> None:
@@ -176,18 +175,18 @@ def launches_sweep(command: str, overrides: Sequence[str]) -> bool:
 
     Anything that cannot be composed is left to whoever composes it next.
     """
-    hydra = _compose_hydra(command, overrides)
+    hydra = compose_hydra(command, overrides)
     return hydra is not None and hydra.mode is RunMode.MULTIRUN
 
 
 def with_params(command: str, overrides: Sequence[str]) -> list[str]:
     """What a chosen sweep's file gives several values, as if it was typed, and then what was typed."""
-    hydra = _compose_hydra(command, overrides)
+    hydra = compose_hydra(command, overrides)
     params = (hydra.sweeper.get("params") or {}) if hydra is not None else {}
     return [*(f"{key}={value}" for key, value in params.items()), *overrides]
 
 
-def _compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
+def compose_hydra(command: str, overrides: Sequence[str]) -> DictConfig | None:
     """Hydra's own settings for what was typed, without the swept values; None if it cannot be composed."""
     with initialize_config_dir(version_base=VERSION_BASE, config_dir=str(conf_dir())):
         try:
@@ -208,6 +207,8 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, UNREADABLE):
         return _explain_file(error, overrides)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_null(error, overrides)
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, wanted = str(error.missing_cfg_file).rpartition("/")
         if group.startswith("hydra/") and wanted in ("joblib", "optuna"):
@@ -220,6 +221,9 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
     if isinstance(error, OverrideParseException):
         typed = error.override
         key, _, value = typed.partition("=")
+        if re.fullmatch(r"\[[^]['\"]+\]", value):  # a list of words without quotes
+            quoted = ",".join(f"'{word.strip()}'" for word in value[1:-1].split(","))
+            return f'cannot read {typed}; words with = or a space in them have quotes of their own: "{key}=[{quoted}]"'
         return f"cannot read {typed}; a value with = or , or a space in it is typed as '{key}=\"{value}\"'"
     if (several := re.search(r"Missing mandatory value: (\w+)", text)) and "hydra.sweep.dir" in text:
         return f"{several.group(1)} decides where a sweep lies, and a sweep has one folder; type one command for each"
@@ -236,6 +240,26 @@ def _explain(error: Exception, command: str, overrides: Sequence[str]) -> str:
         cause = error.__cause__ or error.__context__ or error
         text = f"a key or a value in a YAML file, or one that was typed, cannot be read ({type(cause).__name__})"
     return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def explain_null(error: Exception, overrides: Sequence[str]) -> str:
+    """Name a group that was set to null, or say that a setting is below one that is.
+
+    Args:
+        error: a ValueError or AssertionError of composing.
+        overrides: what was composed.
+
+    Raises:
+        Exception: ``error`` itself, if it is of something else.
+    """
+    if isinstance(error, AssertionError):  # OmegaConf's answer to a setting below one that is null
+        return "a setting was typed below one that is null; choose that first, as in model_variant=base"
+    groups = [typed.partition("=")[0] for typed in overrides if typed.endswith("=null")]
+    named = next((group for group in groups if (conf_dir() / group).is_dir()), None)
+    if named is None:  # or a number in a file is too long to be read
+        return _explain_file(error, overrides)
+    options = ", ".join(sorted(path.stem for path in (conf_dir() / named).glob("*.yaml")))
+    return f"{named}=null chooses nothing; the options are {options}"
 
 
 def _explain_file(error: Exception, overrides: Sequence[str]) -> str:

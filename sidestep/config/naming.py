@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -67,10 +68,12 @@ def run_name(adapter: str, model_variant: str, overrides: Sequence[str], sweep_n
     >>> run_name("lokr", "base", ["optim.lr=0.0001", "adapter=lokr"], "first")
     'lokr-base-lr0.0001'
     """
-    pairs = [override.lstrip("+~").partition("=")[::2] for override in overrides]
+    last = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)  # typed twice, it is the one used
+    pairs = list(last.items())
     swept = [key for name, value in pairs if name == "swept" for key in value.strip("[]").split(",")]
     pairs = [(key, value) for key, value in pairs if key in swept or _first_word(key) not in NOT_NAMED]
     pairs = sorted((key, _plain(value)) for key, value in pairs if key not in NAMED_BY_CHOICE)
+    pairs = [(key, posixpath.normpath(value) if key.endswith("_dir") else value) for key, value in pairs]
     pairs = [pair for pair in pairs if pair != ("experiment", sweep_name)]
     settings = [value if "." not in key and _is_word(value) else key.rpartition(".")[2] + value for key, value in pairs]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([adapter, model_variant, *settings])).strip("-.")

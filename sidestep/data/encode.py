@@ -216,7 +216,7 @@ def _preprocess_shard(
         missing = merge_shards(dataset_dir, num_shards, all_songs, listing_hash)
     summary.is_complete = not missing
     if missing:
-        shown = ", ".join(map(str, missing[:20]))
+        shown = ", ".join(missing[:20])
         summary.notes.append(f"the dataset is put together when all {num_shards} shards are done; still to do: {shown}")
     else:
         summary.notes.append(f"all {num_shards} shards are done, and the dataset is put together")

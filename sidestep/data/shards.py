@@ -62,6 +62,7 @@ def hash_listing(songs: Sequence[Song]) -> str:
     for song in songs:
         about = song.path.stat()
         values = {key: str(value) for key, value in dataclasses.asdict(song).items()}
+        del values["path"]  # which is spelled as audio_dir is; the name says which file it is
         digest.update(json.dumps([values, about.st_size, about.st_mtime_ns], sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -71,7 +72,7 @@ def write_shard(folder: Path, shard: Shard) -> None:
     write_text(folder / "shard.json", json.dumps(dataclasses.asdict(shard), ensure_ascii=False) + "\n")
 
 
-def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], listing: str) -> list[int]:
+def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], listing: str) -> list[str]:
     """Write the manifest of the whole dataset, if every part is done.
 
     Args:
@@ -81,24 +82,31 @@ def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], list
         listing: their hash.
 
     Returns:
-        The parts that are not done, or were done with other songs or settings; empty if the manifest was written.
+        The number of each part that is not done, and whether it was done with other songs or words; empty if the
+        manifest was written.
 
     Raises:
         UserError: if the parts were made with different models or settings.
     """
     shards = [_read(shard_folder(dataset_dir, number, num_shards) / "shard.json") for number in range(num_shards)]
-    missing = [number for number, shard in enumerate(shards) if shard is None or shard.listing != listing]
+    missing = [str(number) for number, shard in enumerate(shards) if shard is None]
+    missing += [
+        f"{number} (which was done with other songs or words)"
+        for number, shard in enumerate(shards)
+        if shard is not None and shard.listing != listing
+    ]
     if missing:
         return missing
     done = [shard for shard in shards if shard is not None]
-    first = next((shard.info for shard in done if shard.songs), None)
+    first_number, first = next(((number, shard.info) for number, shard in enumerate(done) if shard.songs), (0, None))
     if first is None:
         reasons = "; ".join(reason for shard in done for reason in shard.failed.values())
         raise UserError(f"none of the {len(songs)} songs can be used: {reasons}")
     for number, shard in enumerate(done):
         if shard.songs and _made_with(shard.info) != _made_with(first):
             raise UserError(
-                f"shard={number} of {num_shards} was made with other settings than the rest; run it again with those"
+                f"shard={first_number} and shard={number} of {num_shards} were made with different "
+                f"{_differ(first, shard.info)}; run one of them again with the settings of the other"
             )
     records = {record.audio: record for shard in done for record in shard.songs}
     ordered = [records[song.name] for song in songs if song.name in records]
@@ -111,6 +119,14 @@ def merge_shards(dataset_dir: Path, num_shards: int, songs: Sequence[Song], list
 
 def _made_with(info: DatasetInfo) -> DatasetInfo:
     return dataclasses.replace(info, num_songs=0, total_seconds=0.0)
+
+
+def _differ(one: DatasetInfo, other: DatasetInfo) -> str:
+    """Names of the settings that differ, or of what else does."""
+    settings = sorted(
+        key for key in {*one.settings, *other.settings} if one.settings.get(key) != other.settings.get(key)
+    )
+    return ", ".join(settings) or "models"
 
 
 def _read(path: Path) -> Shard | None:

@@ -109,6 +109,8 @@ class Point:
     where: str = ""
     """Host, or Slurm job."""
     error: str = ""
+    planned: str = ""
+    """Name of the folder it will have, if it was not begun and that is known."""
     settings: dict[str, str] = field(default_factory=dict)
     """What was typed for it."""
     record: dict[str, Any] = field(default_factory=dict)
@@ -140,10 +142,14 @@ def collect_points(sweep_dir: Path) -> list[Point]:
         points.append(_point(folder, attempt, planned, queued))
     for planned in plan.points if plan is not None else []:
         if (planned.folder or same_point(planned.overrides)) not in begun:
-            status = "waiting"
+            point = Point(name="", status="waiting", where=planned.job, settings=_settings(planned.overrides))
+            point.planned = planned.folder
             if planned.job:
-                status = "submitted" if queued is None or planned.job in queued else "interrupted"
-            points.append(Point(name="", status=status, where=planned.job, settings=_settings(planned.overrides)))
+                point.status = "submitted"
+                if queued is not None and planned.job not in queued:
+                    point.status = "interrupted"
+                    point.error = f"job {planned.job} ended before it began; see {sweep_dir / '.slurm' / planned.job}"
+            points.append(point)
     return points
 
 
@@ -483,15 +489,16 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
             f"cannot be compared{'' if best else ' and none is called the best'}; those of one value of evaluated "
             f"belong together"
         )
-    failed = [p for p in points if p.status == "failed"]
-    lines += [f"{_called(p)} failed: {p.error}" for p in failed[:MANY]]
+    failed = [p for p in points if p.status == "failed" or (p.error and not p.name)]
+    lines += [f"{_called(p)} {p.status}: {p.error}" for p in failed[:MANY]]
     counts = Counter(p.status for p in points)
     lines.append(", ".join(f"{counts[status]} {status}" for status in reversed(STATUSES) if counts[status]))
     return "\n".join(map(_printable, lines))  # files may hold what would move the cursor
 
 
 def _called(point: Point) -> str:
-    return point.name or " ".join(f"{key}={value}" for key, value in point.settings.items()) or "(not begun)"
+    typed = " ".join(f"{key}={value}" for key, value in point.settings.items())
+    return point.name or point.planned or typed or "(not begun)"
 
 
 def _keys(points: Sequence[Point]) -> list[str]:

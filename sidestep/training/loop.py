@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,16 @@ from sidestep.data.loader import read_batches
 from sidestep.devices import place
 from sidestep.errors import SharedError, UserError, shared
 from sidestep.files import alone_in, remove_abandoned
-from sidestep.processes import Agreement, check_together, failing_together, is_cut_off, rank, share_only_trained
+from sidestep.processes import (
+    Agreement,
+    check_together,
+    failing_together,
+    finding_each_other,
+    is_cut_off,
+    meet,
+    rank,
+    share_only_trained,
+)
 from sidestep.seeds import derive_seed
 from sidestep.training.checkpointing import enable_gradient_checkpointing
 from sidestep.training.diagnosis import explain_bad_step
@@ -313,23 +323,49 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     """Make the one object that knows about devices, number formats and processes.
 
     Raises:
-        UserError: if a launcher started several processes that do not see each other.
+        UserError: if a launcher started several processes that do not see each other, or the environment has Accelerate
+            train in another way than the settings say.
     """
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
-    if accelerator.gradient_accumulation_steps != 1:  # Accelerate reads it from the environment
-        raise UserError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment and would scale gradients a second time; "
-            "unset it and use vram_profile.gradient_accumulation_steps"
-        )
+    refuse_environment()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    store = meet()
+    with finding_each_other(world_size):
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
+    del store
     if not accelerator.is_main_process:
         logging.getLogger("sidestep").setLevel(logging.WARNING)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UserError(
             f"the launcher started {world_size} processes, but this one sees {accelerator.num_processes}; "
             f"each would train alone"
         )
     return accelerator
+
+
+NOT_FROM_ENVIRONMENT = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "; vram_profile.gradient_accumulation_steps says how many",
+    "ACCELERATE_DYNAMO_BACKEND": "; compile=true compiles the model",
+    "ACCELERATE_USE_DEEPSPEED": "; vram_profile.offloaded_share makes room on a card",
+    "ACCELERATE_USE_FSDP": "; vram_profile.offloaded_share makes room on a card",
+    "ACCELERATE_USE_MEGATRON_LM": "",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "",
+}
+"""What Accelerate would follow without a setting of sidestep saying so, and what does say so."""
+
+
+def refuse_environment(env: Mapping[str, str] = os.environ) -> None:
+    """Refuse what somebody, or ``accelerate config``, left in the environment and would make another run of this.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    for key, instead in NOT_FROM_ENVIRONMENT.items():
+        off = ("", "no", "false", "0", "1" if key.endswith("_STEPS") else "off")
+        if env.get(key, "").lower() not in off:
+            raise UserError(
+                f"{key}={env[key]} is set in the environment and would change how this run trains; unset it, or answer "
+                f"no in accelerate config{instead}"
+            )
 
 
 def mark_bad_loss(parameters: list[nn.Parameter], loss: Tensor) -> None:
