@@ -108,6 +108,8 @@ def _run(command: str, root: type[Any], task: Callable[[Any], Any], typed: Any) 
     """Run the command, and turn what the user can mend into one line and exit code 1."""
     try:
         if typed.cfg or typed.info:
+            if typed.multirun:
+                raise UserError("--cfg and --info are about one run; leave out -m and the several values")
             compose_or_explain(typed.config_name or command, _typed_overrides(typed))
         elif not (typed.hydra_help or typed.shell_completion):
             _check(command, root, typed)
