@@ -7,7 +7,8 @@ import torch
 
 from sidestep.acestep.attention import WindowedAttention
 from sidestep.acestep.frozen import FrozenMLP, FrozenNorm, lay_side_by_side, streamline
-from sidestep.adapters.lora import LoraConfig
+from sidestep.adapters.lokr import LokrConfig
+from sidestep.adapters.lora import DoraConfig, LoraConfig
 from tests.test_checkpointing import TARGETS, small_transformer
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -115,3 +116,34 @@ def test_tokens_and_their_gradients_lie_side_by_side_in_every_layer(batch_size):
     t = torch.full((batch_size,), 0.5)
     transformer(x, t, t, condition, context, return_dict=False)[0].square().mean().backward()
     assert layouts == [True] * 2 * len(transformer.layers)
+
+
+@pytest.mark.parametrize("family", [LoraConfig, DoraConfig, LokrConfig])
+def test_what_the_last_layer_of_an_mlp_takes_is_made_again_to_the_last_bit(family):
+    def gradients(takes_gate):
+        torch.manual_seed(0)
+        transformer = small_transformer(width=256)
+        streamline(transformer)
+        parameters = list(family(rank=4, target_modules=["q_proj", "down_proj"]).attach(transformer).parameters())
+        for parameter in parameters:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+        for layer in transformer.layers:
+            assert layer.mlp.down_proj.takes_gate
+            layer.mlp.down_proj.takes_gate = takes_gate
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        x, condition, context = (torch.randn(1, length, width) for length, width in ((80, 64), (10, 64), (80, 128)))
+        t = torch.tensor([0.5])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = transformer(x, t, t, condition, context, return_dict=False)[0]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        return torch.autograd.grad(output.square().mean(), parameters), size, transformer
+
+    (expected, size_before, transformer), (actual, size, _) = gradients(False), gradients(True)
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+    width = transformer.layers[0].mlp.up_proj.out_features
+    assert size_before - size == len(transformer.layers) * 40 * width * 4

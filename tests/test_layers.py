@@ -27,6 +27,7 @@ LAYERS = [
         "config",
     ],
     [
+        "acestep.frozen",
         "acestep.keymap",
         "acestep.quantization",
         "acestep.kept",

@@ -75,7 +75,13 @@ class FrozenMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.requires_grad and getattr(self.down_proj, "takes_gate", False):
+            y: Tensor = self.down_proj(
+                gate, up
+            )  # it has an adapter, and makes its inputs again from what is kept anyway
+        else:
+            y = self.down_proj(Gated.apply(gate, up))
         return y
 
 
@@ -108,7 +114,7 @@ class _Norm(torch.autograd.Function):
         return dx.to(x.dtype), None, None
 
 
-class _Gated(torch.autograd.Function):
+class Gated(torch.autograd.Function):
     """silu(gate) * up, both (..., D)."""
 
     @staticmethod
@@ -120,5 +126,12 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate) if ctx.needs_input_grad[0] else None
-        return d_gate, dy * functional.silu(gate) if ctx.needs_input_grad[1] else None
+        return gated_gradients(dy, gate, up, *ctx.needs_input_grad)
+
+
+def gated_gradients(
+    dy: Tensor, gate: Tensor, up: Tensor, of_gate: bool, of_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of silu(gate) * up that are wanted; all (..., D)."""
+    d_gate = torch.ops.aten.silu_backward(dy * up, gate) if of_gate else None
+    return d_gate, dy * functional.silu(gate) if of_up else None

@@ -22,11 +22,19 @@ def row_norms(weight: Tensor) -> Tensor:
 class StructuredLokr(LokrModule):
     """LoKr computed by :class:`~sidestep.adapters.fused.LokrProduct`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def apply_to(self) -> None:
+        super().apply_to()
+        self.org_module[0].takes_gate = True
+
+    def restore(self) -> None:
+        super().restore()
+        del self.org_module[0].takes_gate
+
+    def forward(self, x: Tensor, up: Tensor | None = None) -> Tensor:
         base = self.org_module[0]
         w1 = self.lokr_w1 if self.use_w1 else self.lokr_w1_a @ self.lokr_w1_b
         w2, w2_a = (self.lokr_w2, None) if self.use_w2 else (self.lokr_w2_b, self.lokr_w2_a)
-        return LokrProduct.apply(x, *stored(base), base.bias, w1, w2, w2_a, self.scale)
+        return LokrProduct.apply(x, *stored(base), base.bias, w1, w2, w2_a, self.scale, up)
 
 
 class FoldedLoha(LohaModule):
