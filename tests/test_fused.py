@@ -114,6 +114,20 @@ def test_lora_equals_its_formula(inputs, outputs):
     assert max(errors(*one_layer(LoraConfig(rank=64, alpha=128), inputs, outputs, size=0.02))) < 2e-6
 
 
+def survival(model, parameters, change):
+    """The frozen weight, inputs, and a function that gives the share of the change which is found in an output."""
+    base = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+    x = torch.randn(256, 512).bfloat16()
+    expected = x.double() @ change([parameter.detach().double() for parameter in parameters]).T
+    without = torch.nn.functional.linear(x, base)
+
+    def share(output):
+        return ((output.double() - without.double()) * expected).sum() / expected.square().sum()
+
+    assert share(without + expected.bfloat16()) < 0.5  # added to what is rounded already
+    return base, x, share
+
+
 def decomposed(inputs, outputs, *, size, longer, dtype=torch.float32):
     """A DoRA layer with rows longer than the frozen ones by up to a share, and the change of its weight in float64.
 
@@ -142,16 +156,8 @@ def test_dora_equals_its_formula_without_the_changed_weight(inputs, outputs):
 
 def test_a_young_dora_survives_in_bfloat16():
     model, parameters, change = decomposed(512, 512, size=1e-5, longer=0, dtype=torch.bfloat16)
-    base = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    x = torch.randn(256, 512).bfloat16()
-    expected = x.double() @ change([parameter.detach().double() for parameter in parameters]).T
-    without = torch.nn.functional.linear(x, base)
-
-    def share(output):
-        return ((output.double() - without.double()) * expected).sum() / expected.square().sum()
-
+    _, x, share = survival(model, parameters, change)
     assert share(model(x).detach()) == pytest.approx(1, abs=0.05)
-    assert share(without + expected.bfloat16()) < 0.5  # added to what is rounded already
     assert max(errors(model, parameters, change, tokens=256)) < 0.01
 
 
@@ -192,16 +198,8 @@ def test_a_layers_bias_is_added(config):
 def test_a_change_of_1e_5_survives_in_bfloat16(config):
     """The output moves by far less than its last digit, but on average by as much as in float64."""
     model, parameters, change = one_layer(config, 512, 512, size=1e-5, dtype=torch.bfloat16)
-    base = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    x = torch.randn(256, 512).bfloat16()
-    expected = x.double() @ change([parameter.detach().double() for parameter in parameters]).T
-    without = torch.nn.functional.linear(x, base)
-
-    def share(output):
-        return ((output.double() - without.double()) * expected).sum() / expected.square().sum()
-
+    base, x, share = survival(model, parameters, change)
     assert share(model(x).detach()) == pytest.approx(1, abs=0.05)
-    assert share(without + expected.bfloat16()) < 0.5  # added to what is rounded already
     rebuilt = base.double() + change([parameter.detach().double() for parameter in parameters])
     assert share(torch.nn.functional.linear(x, rebuilt.bfloat16())) < 0.5  # added to the weight
     assert max(errors(model, parameters, change, tokens=256)) < 0.01

@@ -3,9 +3,9 @@
 Diffusers' RMSNorm keeps its input twice, once in float32, and its MLP keeps the activated gate beside what it is made
 of. Here both are made again where the backward pass needs them, which costs little beside the matrix products.
 
-Its first layer is a convolution, which leaves the numbers of a token far apart in memory, and every sum with what it
-gave keeps them so: to the last layer norms read memory in strides, and products with three-dimensional inputs expand
-the weights for every token. Here they are laid side by side once, and so are their gradients.
+The decoder's first layer is a convolution, which leaves the numbers of a token far apart in memory, and every sum with
+what it gave keeps them so: to the last layer norms read memory in strides, and products with three-dimensional inputs
+expand the weights for every token. Here they are laid side by side once, and so are their gradients.
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ class FrozenMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if gate.requires_grad and getattr(self.down_proj, "takes_gate", False):
-            y: Tensor = self.down_proj(
-                gate, up
-            )  # it has an adapter, and makes its inputs again from what is kept anyway
+            # it has an adapter, and makes its inputs again from what is kept anyway
+            y: Tensor = self.down_proj(gate, up)
         else:
             y = self.down_proj(Gated.apply(gate, up))
         return y
