@@ -48,3 +48,8 @@ class PointFailed(Exception):  # noqa: N818  it is a result, written down, and n
     def __init__(self, message: str, *, in_all: bool = False) -> None:
         super().__init__(message)
         self.in_all = in_all
+
+
+def printable(text: str) -> str:
+    """Escape text that would end a line or move the cursor, as names of files may."""
+    return text if text.isprintable() else ascii(text)[1:-1]

@@ -51,10 +51,10 @@ from sidestep.data.manifest import (
 )
 from sidestep.data.sampler import FRAMES_PER_SECOND, reference_parts, window_frames, window_starts
 from sidestep.data.shards import SHARDS, Shard, hash_listing, merge_shards, shard_folder, songs_of, write_shard
-from sidestep.data.songs import SongList, printable, read_songs
+from sidestep.data.songs import SongList, read_songs
 from sidestep.data.words import Song
 from sidestep.devices import resolve_device, resolve_dtype
-from sidestep.errors import UserError
+from sidestep.errors import UserError, printable
 from sidestep.files import (
     alone_in,
     describe,

@@ -16,11 +16,11 @@ from sidestep.data.audio import probe_audio
 from sidestep.data.estimates import ask, estimate
 from sidestep.data.lyrics import TimedLine
 from sidestep.data.names import is_named
-from sidestep.data.songs import SongList, caption_from_name, printable, read_songs
+from sidestep.data.songs import SongList, caption_from_name, read_songs
 from sidestep.data.tables import OF_ALL_SONGS, SONGS
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import Song, merge
-from sidestep.errors import UserError
+from sidestep.errors import UserError, printable
 from sidestep.files import write_text
 
 KEYS = (

@@ -38,7 +38,7 @@ from sidestep.data.names import composed, letters
 from sidestep.data.tables import COLUMNS, FOUND, Entry, Table, parse_json, read_table
 from sidestep.data.tags import can_read_tags, read_tags
 from sidestep.data.words import ALIASES, CONTROL, SONG_KEYS, Song, merge
-from sidestep.errors import UserError
+from sidestep.errors import UserError, printable
 from sidestep.files import describe
 
 _KEY_LINE = re.compile(r"\s*(\w+)\s*:(.*)")
@@ -170,11 +170,6 @@ def caption_from_name(path: Path) -> str:
     """
     words = " ".join(_TRACK_NUMBER.sub("", path.stem).replace("_", " ").split())
     return words or path.stem
-
-
-def printable(text: str) -> str:
-    """Escape text that would end a line or move the cursor, as names of files may."""
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _complete(song: Song, custom_tag: str, language: str, problems: dict[str, list[str]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from sidestep.data.traktor import read_tracks
 from sidestep.data.words import FILE_KEYS, convert
-from sidestep.errors import UserError
+from sidestep.errors import UserError, printable
 
 SONGS = "songs.jsonl"
 FOUND = ("dataset.json", "key_bpm.csv", "metadata.csv", "metadata.jsonl", SONGS)
@@ -138,9 +138,8 @@ def _read_json(path: Path, text: str) -> Table:
     metadata = content.get("metadata", {}) if isinstance(content, dict) else None
     if not isinstance(samples, list) or not isinstance(metadata, dict):
         keys = f"the keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        keys = keys if keys.isprintable() else ascii(keys)[1:-1]
         wanted = '{"metadata": {...}, "samples": [...]}'
-        raise UserError(f"{path} must be a list of songs or {wanted}, it has {keys:.200}")
+        raise UserError(f"{path} must be a list of songs or {wanted}, it has {printable(keys):.200}")
     problems: list[str] = []
     defaults = _convert_defaults(metadata, f"{path} metadata", problems)
     if problems:

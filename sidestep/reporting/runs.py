@@ -28,7 +28,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from sidestep.errors import UserError
+from sidestep.errors import UserError, printable
 from sidestep.files import describe, read_text, write_text
 from sidestep.records import parse_json, parse_record
 from sidestep.times import duration
@@ -433,13 +433,9 @@ def _as_cell(text: str) -> str:
     try:
         float(text)
     except ValueError:
-        words = "\n".join(map(_printable, text.split("\n")))  # a cell may hold several lines
+        words = "\n".join(map(printable, text.split("\n")))  # a cell may hold several lines
         return f"'{words}" if words.startswith(("=", "+", "-", "@")) else words
     return text
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def as_json(points: Sequence[Point]) -> str:
@@ -463,7 +459,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     rows = [
         [
             p.name or " ".join(f"{key}={p.settings[key]}" for key in keys if key in p.settings) or _called(p),
-            *(_printable(p.settings.get(key, ""))[:40] for key in columns),
+            *(printable(p.settings.get(key, ""))[:40] for key in columns),
             p.status,
             "" if p.objective is None else f"{p.objective:.4f}",
             f"{p.step}/{p.num_steps}" if p.num_steps else "",
@@ -493,7 +489,7 @@ def as_table(points: Sequence[Point], sweep_dir: Path) -> str:
     lines += [f"{_called(p)} {p.status}: {p.error}" for p in failed[:MANY]]
     counts = Counter(p.status for p in points)
     lines.append(", ".join(f"{counts[status]} {status}" for status in reversed(STATUSES) if counts[status]))
-    return "\n".join(map(_printable, lines))  # files may hold what would move the cursor
+    return "\n".join(map(printable, lines))  # files may hold what would move the cursor
 
 
 def _called(point: Point) -> str:
